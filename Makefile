@@ -1,0 +1,90 @@
+# The commands of a contributor, and of CI. They need Python 3.11 with pip, and nothing else.
+
+PYTHON ?= python3.11
+VENV := .venv
+OLDEST := .venv-oldest
+WHEEL := .venv-wheel
+
+# A model for `make demo`: a folder, or a name on the Hub.
+MODEL ?=
+# Where the real Gemma of the tests and of `make demo-gemma` is kept: 550 MB.
+export PEFTSTATE_GEMMA ?= .demo/gemma-3-270m
+GEMMA := $(PEFTSTATE_GEMMA)/config.json
+# pytest's options, such as PYTEST_ARGS="-k storage -x".
+PYTEST_ARGS ?=
+# A worker imports torch and holds models; for tiny models a thread each is enough. The tests of a
+# file share what its fixtures made.
+PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+test-wheel test-oldest: export OMP_NUM_THREADS := 1
+
+# For every pip that runs below, also where it builds.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help venv demo demo-gemma test lint types test-wheel test-oldest build constraints clean
+
+help:  ## list these commands
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
+
+venv: $(VENV)/.installed  ## the package, editable, with what a contributor needs, in .venv
+
+demo: venv  ## what plain PEFT loses and peftstate keeps; MODEL=... for a model of yours
+	$(VENV)/bin/python examples/demo.py $(if $(MODEL),--model "$(MODEL)")
+
+demo-gemma: $(GEMMA)  ## the same on a real Gemma 3 270M, a download of 250 MB
+	$(VENV)/bin/python examples/demo.py --gemma
+
+test: lint types test-wheel  ## all that a change must pass
+
+lint: venv  ## style
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+types: venv  ## static types
+	$(VENV)/bin/mypy
+
+test-wheel: $(GEMMA) build  ## the tests, on the built wheel
+	$(VENV)/bin/python -m venv --clear --without-pip $(WHEEL)
+	$(VENV)/bin/python -m pip --python $(WHEEL)/bin/python install -q --no-deps dist/*.whl
+# The wheel's environment sees what .venv holds, but not the .pth file of the editable install there.
+	purelib='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	$(VENV)/bin/python -c "$$purelib" >"$$($(WHEEL)/bin/python -c "$$purelib")/dependencies.pth"
+	$(WHEEL)/bin/python $(PYTEST)
+
+test-oldest: $(OLDEST)/.installed $(GEMMA) build  ## the tests, on the wheel and the oldest PEFT and transformers
+	$(OLDEST)/bin/python -m pip install -q --no-deps --force-reinstall dist/*.whl
+	$(OLDEST)/bin/python $(PYTEST)
+
+build: venv  ## the source distribution and the wheel, in dist/
+	rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation
+
+constraints: venv $(VENV)/.gemma  ## write constraints.txt anew, from what .venv holds
+	sed -n '/^#/p' constraints.txt >constraints.new
+	$(VENV)/bin/python -m pip freeze --all --exclude-editable | sed 's/+cpu$$//' >>constraints.new
+	mv constraints.new constraints.txt
+
+clean:  ## remove what the commands above wrote, but not the environments that take long to install
+	rm -rf dist .demo .hypothesis .mypy_cache .pytest_cache .ruff_cache $(WHEEL)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --upgrade pip
+	$(VENV)/bin/python -m pip install -q --group dev --editable .
+	touch $@
+
+$(VENV)/.gemma: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q --group gemma
+	touch $@
+
+# Order only: a new environment needs no new Gemma. The oldest transformers cannot make one, but reads it.
+$(GEMMA): | $(VENV)/.gemma
+	$(VENV)/bin/python examples/gemma.py $(PEFTSTATE_GEMMA)
+
+$(OLDEST)/.installed: export PIP_CONSTRAINT := constraints-oldest.txt
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q --upgrade pip
+	$(OLDEST)/bin/python -m pip install -q --group test .
+	touch $@

@@ -1,0 +1,97 @@
+"""Save and reload PEFT adapters bit for bit, in the state they were saved in.
+
+Importing peftstate imports neither torch nor peft; a name that needs them does so when it is
+first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AutoPeftModel": "_auto",
+    "AutoPeftModelForCausalLM": "_auto",
+    "AutoPeftModelForFeatureExtraction": "_auto",
+    "AutoPeftModelForQuestionAnswering": "_auto",
+    "AutoPeftModelForSeq2SeqLM": "_auto",
+    "AutoPeftModelForSequenceClassification": "_auto",
+    "AutoPeftModelForTokenClassification": "_auto",
+    "Manifest": "manifest",
+    "Mismatch": "_diff",
+    "PeftMixedModel": "_models",
+    "PeftModel": "_models",
+    "PeftModelForCausalLM": "_models",
+    "PeftModelForFeatureExtraction": "_models",
+    "PeftModelForQuestionAnswering": "_models",
+    "PeftModelForSeq2SeqLM": "_models",
+    "PeftModelForSequenceClassification": "_models",
+    "PeftModelForTokenClassification": "_models",
+    "PeftStateCallback": "integrations.trainer",
+    "Report": "_report",
+    "attach": "_models",
+    "base_model_kwargs": "_auto",
+    "capture": "_api",
+    "diff": "_files",
+    "errors": "errors",
+    "get_peft_model": "_models",
+    "read_manifest": "_files",
+    "restore": "_api",
+    "verify": "_api",
+    "verify_files": "_files",
+}
+"""The module that each public name is in."""
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605 - static for type checkers below
+
+if TYPE_CHECKING:
+    from peftstate import errors as errors
+    from peftstate._api import capture as capture, restore as restore, verify as verify
+    from peftstate._auto import (
+        AutoPeftModel as AutoPeftModel,
+        AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
+        base_model_kwargs as base_model_kwargs,
+    )
+    from peftstate._diff import Mismatch as Mismatch
+    from peftstate._files import (
+        diff as diff,
+        read_manifest as read_manifest,
+        verify_files as verify_files,
+    )
+    from peftstate._models import (
+        PeftMixedModel as PeftMixedModel,
+        PeftModel as PeftModel,
+        PeftModelForCausalLM as PeftModelForCausalLM,
+        PeftModelForFeatureExtraction as PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering as PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification as PeftModelForSequenceClassification,
+        PeftModelForTokenClassification as PeftModelForTokenClassification,
+        attach as attach,
+        get_peft_model as get_peft_model,
+    )
+    from peftstate._report import Report as Report
+    from peftstate.integrations.trainer import PeftStateCallback as PeftStateCallback
+    from peftstate.manifest import Manifest as Manifest
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    value = module if name == "errors" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__, "__version__"]

@@ -1,0 +1,116 @@
+"""Capture, verify and restore on a live PEFT model."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import peft
+from torch import nn
+
+from peftstate._folder import open_folder
+from peftstate._injection import set_tensors
+from peftstate._loading import for_adapters, undone_on_failure
+from peftstate._policy import OnMismatch, Policy
+from peftstate._report import Report
+from peftstate._saving import capture_sections
+from peftstate._source import Source, read_source
+from peftstate._steps import LOCK, Plan, check_base, compare, prepare_base, restore_sections
+from peftstate.manifest import Manifest
+from peftstate.sections._view import ModelView
+
+
+def capture(model: nn.Module, *, fingerprint: str = "full") -> Manifest:
+    """Describe the state of a PEFT model, as a save would, without writing anything.
+
+    Args:
+        model: The model. It is left as it is, and no random number is drawn.
+        fingerprint: What the digests of the base model cover: ``"full"``, ``"sampled"``, ``"off"``.
+
+    Returns:
+        A manifest that names no files.
+    """
+    view = ModelView.of(model, fingerprint=fingerprint)
+    return Manifest(sections=capture_sections(view), files={})
+
+
+def verify(model: nn.Module, source: str | os.PathLike[str], **hub: Any) -> Report:
+    """Compare a live PEFT model with what was saved.
+
+    Args:
+        model: The model. It is left as it is.
+        source: The adapter's folder, or the id of a repo on the Hub.
+        **hub: ``subfolder``, ``revision``, ``cache_dir``, ``token`` and the like.
+
+    Returns:
+        Everything that differs. A difference is no exception; see `Report.raise_for_mismatch`.
+
+    Raises:
+        ManifestError: The manifest cannot be used.
+        IntegrityError: A file is not the one that was saved.
+    """
+    with LOCK:
+        saved = read_source(open_folder(source, **hub))
+        view, manifest = _view_of(model, saved)
+        plan = Plan(policy=Policy.of(None))
+        return compare(view, manifest, plan, lambda section: section.capture_like)
+
+
+def restore(
+    model: peft.PeftModel,
+    source: str | os.PathLike[str],
+    *,
+    on_mismatch: OnMismatch | None = None,
+    **hub: Any,
+) -> Report:
+    """Bring a live PEFT model into the state that was saved.
+
+    Args:
+        model: The model, which must have the saved adapters. If it fails, it is as it was before.
+        source: The adapter's folder, or the id of a repo on the Hub.
+        on_mismatch: As in `PeftModel.from_pretrained`.
+        **hub: ``subfolder``, ``revision``, ``cache_dir``, ``token`` and the like.
+
+    Returns:
+        What still differs, which `on_mismatch` has made a warning or nothing.
+
+    Raises:
+        ManifestError: The manifest cannot be used.
+        IntegrityError: A file is not the one that was saved.
+        StateMismatchError: Something differs that cannot be restored.
+        RestoreError: Some state cannot be set.
+    """
+    plan = Plan(policy=Policy.of(on_mismatch))
+    with LOCK:
+        saved = read_source(open_folder(source, **hub))
+        view, manifest = _view_of(model, saved)
+        check_base(ModelView(model=view.base), manifest, plan)
+
+        def steps() -> Report:
+            prepare_base(view, manifest, plan)
+            set_tensors(view, saved.adapters, manifest)
+            restore_sections(view, manifest, plan)
+            report = compare(view, manifest, plan, lambda section: section.capture_restored)
+            plan.policy.apply(report)
+            return report
+
+        return undone_on_failure(model, steps, keep_rng=False)
+
+
+def _view_of(model: nn.Module, saved: Source) -> tuple[ModelView, Manifest]:
+    """The view of a live model that fits a manifest, and the manifest for it.
+
+    The folder's own adapter may have another name in the model, if it is the only one there.
+    """
+    records = saved.manifest.sections["adapters"].adapters
+    live = list(getattr(model, "peft_config", ()))
+    names = {name: name for name in records}
+    if saved.own_adapter not in live and len(records) == len(live) == 1:
+        names = {saved.own_adapter: live[0]}
+    present = {name: live_name for name, live_name in names.items() if live_name in live}
+    view = ModelView(
+        model=model,
+        adapters=present,
+        folders={name: records[name].folder for name in present},
+    )
+    return view, for_adapters(saved.manifest, names)

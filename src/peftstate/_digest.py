@@ -1,0 +1,40 @@
+"""Digests: BLAKE3 for tensors, SHA-256 for files.
+
+BLAKE3 reads a tensor at the speed of memory and is used where we alone compare. SHA-256 is what
+Git LFS, the Hub and sigstore state for a file, so that a manifest can be held against them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from blake3 import blake3
+from typing_extensions import Buffer
+
+
+def tensor_digest(dtype: str, shape: Sequence[int], data: Buffer) -> str:
+    """The digest of a tensor: of its dtype, its shape and its bytes.
+
+    Args:
+        dtype: Name of the dtype as torch writes it, such as ``"bfloat16"``.
+        shape: The shape.
+        data: The elements, contiguous, in row-major order and little-endian, as safetensors
+            stores them.
+
+    Returns:
+        64 lower-case hexadecimal digits.
+    """
+    hasher = blake3(f"{dtype}{list(shape)}\n".encode())
+    hasher.update(data)
+    return hasher.hexdigest()
+
+
+def seal_digest(data: bytes) -> str:
+    """The digest that seals a manifest, over its canonical form without the seal."""
+    return blake3(data).hexdigest()
+
+
+def file_digest(data: Buffer) -> str:
+    """The SHA-256 of a file's content."""
+    return hashlib.sha256(data).hexdigest()

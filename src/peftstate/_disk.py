@@ -1,0 +1,164 @@
+"""Small steps on the file system that the standard library leaves to its callers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
+
+from peftstate.errors import IntegrityError
+
+if sys.platform != "win32":
+    import fcntl
+
+
+@contextlib.contextmanager
+def alone(folder: Path, *, seconds: float) -> Iterator[None]:
+    """Keep other savers of a folder out while the body runs.
+
+    This is politeness, nothing to rely on: when the lock cannot be had in time, as when a saver
+    hangs, or at all, as on Windows and many network file systems, the body runs all the same. The
+    folder itself is locked, so that no lock file is left in it.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, seconds)
+        yield
+    finally:
+        # Closing alone releases nothing while a child forked meanwhile has the descriptor too.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, seconds: float) -> None:
+    """Wait for a lock, but not for ever."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:
+            return
+        else:
+            return
+
+
+def tree(root: Path) -> tuple[list[PurePath], list[PurePath]]:
+    """The files and the folders below a folder, relative to it, a folder before what is in it."""
+    files: list[PurePath] = []
+    folders: list[PurePath] = []
+    waiting = [root]
+    while waiting:
+        # Another process may be moving the files away and removing the folders.
+        with contextlib.suppress(FileNotFoundError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                is_folder = entry.is_dir(follow_symlinks=False)
+                (folders if is_folder else files).append(PurePath(entry.path).relative_to(root))
+                if is_folder:
+                    waiting.append(Path(entry.path))
+    return files, folders
+
+
+def usual_mode(folder: Path, probe_name: str) -> int:
+    """The mode that a new file gets in a folder.
+
+    It is read off a file made for it, since the umask can only be read by setting it, for all
+    threads, and is not all that counts.
+    """
+    probe = folder / probe_name
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+        probe.unlink()
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Set a file's mode, where the file system has modes."""
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        with contextlib.suppress(PermissionError, NotImplementedError):
+            path.chmod(mode)
+
+
+def sync_file(path: Path) -> None:
+    """Force a file's bytes to disk."""
+    # Windows flushes only through a descriptor that may write.
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Force a folder's entries to disk, where the system can."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Several FUSE and network file systems do not know fsync of a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def read_file(path: Path, *, inside: Iterable[Path], limit: int | None = None) -> bytes:
+    """Read a file as it is at one moment.
+
+    Args:
+        path: The file, or a link to it.
+        inside: Folders in one of which the file must lie, links resolved. They are taken as they
+            are named: one that is a link itself holds nothing.
+        limit: The most bytes that it may have.
+
+    Raises:
+        IntegrityError: It is elsewhere, no regular file, too large, or being written in place.
+        FileNotFoundError: There is no such file.
+    """
+    real = Path(os.path.realpath(path))
+    if not any(real.is_relative_to(folder) for folder in inside):
+        raise IntegrityError(str(path), "a file of this folder", f"a link to {real}")
+    descriptor = _open(path, real)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise IntegrityError(str(path), "a file", stat.filemode(status.st_mode))
+        if limit is not None and status.st_size > limit:
+            raise IntegrityError(str(path), f"at most {limit} bytes", f"{status.st_size} bytes")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(status.st_size + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) != status.st_size:
+        raise IntegrityError(str(path), f"{status.st_size} bytes", "a file that is being written")
+    return data
+
+
+def _open(path: Path, real: Path) -> int:
+    """Open a file for reading that is no link any more."""
+    flags = os.O_RDONLY
+    # Without O_NONBLOCK, opening a pipe waits for a writer.
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    try:
+        return os.open(real, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise IntegrityError(str(path), "a file", "a link that leads nowhere") from error
+        if error.errno == errno.ENXIO:
+            raise IntegrityError(str(path), "a file", "a socket") from error
+        raise

@@ -1,0 +1,60 @@
+"""The outcome of a comparison."""
+
+from __future__ import annotations
+
+import attrs
+
+from peftstate import errors
+from peftstate._diff import Mismatch
+
+_ERRORS: dict[str, type[errors.StateMismatchError]] = {
+    error.section: error for error in errors.StateMismatchError.__subclasses__()
+}
+
+
+@attrs.frozen
+class Report:
+    """What was compared and what differs.
+
+    Attributes:
+        mismatches: Every difference, in the order of the sections.
+        sections: Names of the sections that were compared.
+    """
+
+    mismatches: tuple[Mismatch, ...]
+    sections: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing differs."""
+        return not self.mismatches
+
+    def of(self, *sections: str) -> Report:
+        """The part of the report that concerns some sections."""
+        return Report(
+            tuple(mismatch for mismatch in self.mismatches if mismatch.section in sections),
+            tuple(section for section in self.sections if section in sections),
+        )
+
+    def raise_for_mismatch(self) -> None:
+        """Do nothing if all is as saved.
+
+        Raises:
+            StateMismatchError: The class is that of the first section that differs; the error
+                holds the mismatches of all sections.
+        """
+        if self.mismatches:
+            raise self.error()
+
+    def error(self) -> errors.StateMismatchError:
+        """The error that stands for this report, which must hold a mismatch."""
+        return _ERRORS.get(self.mismatches[0].section, errors.StateMismatchError)(self)
+
+    def __str__(self) -> str:
+        differing = {mismatch.section for mismatch in self.mismatches}
+        width = max(map(len, self.sections), default=0)
+        lines = []
+        for section in self.sections:
+            lines.append(f"{section:<{width}}  {'differs' if section in differing else 'ok'}")
+            lines += [f"  {mismatch}" for mismatch in self.mismatches if mismatch.section == section]
+        return "\n".join(lines)

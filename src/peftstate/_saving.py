@@ -1,0 +1,204 @@
+"""How a model is saved: capture, let PEFT write, describe what was written, commit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import safetensors.torch
+
+from peftstate._digest import file_digest
+from peftstate._storage import (
+    ADAPTER_CONFIG_NAME,
+    MANIFEST_NAME,
+    SIDECAR_NAME,
+    WEIGHTS_NAMES,
+    mark_removed,
+    staged,
+    write_file,
+)
+from peftstate._weights import parse_weights
+from peftstate.errors import PeftStateError, SaveError
+from peftstate.manifest import FileRecord, Manifest
+from peftstate.sections import SECTIONS, adapters, base_model
+from peftstate.sections._tensors import sidecar_tensors, tensor_records
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from peftstate.sections._view import ModelView
+
+WriteAdapter = Callable[[Path, dict[str, "torch.Tensor"]], None]
+"""PEFT's own `save_pretrained`: writes a model into a folder, from a state dict."""
+
+README_NAME = "README.md"
+
+
+def capture_sections(view: ModelView) -> dict[str, Any]:
+    """The record of every section; the random generators first, before anything could draw."""
+    ordered = sorted(SECTIONS, key=lambda section: section.name != "rng")
+    return {section.name: section.capture(view) for section in ordered}
+
+
+def save(view: ModelView, directory: Path, write: WriteAdapter) -> Manifest:
+    """Save a model's adapters, and its state beside each of them.
+
+    Args:
+        view: The model and the adapters to save.
+        directory: The folder; the adapters that are not called ``"default"`` go to sub-folders.
+        write: How PEFT writes them.
+
+    Returns:
+        The manifest of the folder, or of the first adapter's sub-folder if none is in the folder.
+
+    Raises:
+        SaveError: The state cannot be saved. `rescued` is a folder that holds what PEFT saves.
+    """
+    try:
+        return _save(view, directory, write)
+    except SaveError:
+        raise
+    except OSError as error:
+        raise SaveError(f"{directory}: {error}.") from error
+    except Exception as error:
+        # Whatever the reason, days of training must not be lost to it.
+        rescued = _rescue(view, directory, write)
+        reason = error if isinstance(error, PeftStateError) else f"{type(error).__name__}: {error}"
+        raise SaveError(f"The state of the model cannot be saved: {reason}.", rescued=rescued) from error
+
+
+def _save(view: ModelView, directory: Path, write: WriteAdapter) -> Manifest:
+    """Save, all or nothing."""
+    records = capture_sections(view)
+    manifests: dict[str, Manifest] = {}
+    with staged(directory) as staging:
+        readme = directory / README_NAME
+        if readme.is_file():  # PEFT adds to the one that is there
+            shutil.copyfile(readme, staging / README_NAME)
+        write(staging, _detached(view.model))
+        _remove_stale(view, staging)
+        for view_of_folder, folder in _folders(view):
+            described = _for_folder(records, view_of_folder)
+            manifests[folder] = _write_state(described, view_of_folder, staging / folder)
+    return next(iter(manifests.values()))
+
+
+def _folders(view: ModelView) -> list[tuple[ModelView, str]]:
+    """The folders that get a manifest, the root last, each with the adapters it describes."""
+    extra = [(view.only(name), folder) for name, folder in view.folders.items() if folder != "."]
+    root = [(view, ".")] if "." in view.folders.values() else []
+    return [*extra, *root]
+
+
+def _for_folder(records: Mapping[str, Any], view: ModelView) -> dict[str, Any]:
+    """The records as one folder holds them: of its own adapters."""
+    return {
+        section.name: section.capture(view) if section.per_adapter else records[section.name]
+        for section in SECTIONS
+    }
+
+
+def _remove_stale(view: ModelView, staging: Path) -> None:
+    """Have files removed that an older save left and this one does not write.
+
+    PEFT would load an old ``.safetensors`` file rather than a new ``.bin`` one.
+    """
+    for folder in view.folders.values():
+        for name in (*WEIGHTS_NAMES, SIDECAR_NAME):
+            if not (staging / folder / name).exists():
+                mark_removed(staging / folder / name)
+
+
+def _write_state(records: dict[str, Any], view: ModelView, folder: Path) -> Manifest:
+    """Write sidecar and manifest of a folder, after its adapters were written."""
+    files: dict[str, FileRecord] = {}
+    written: dict[str, adapters.AdapterRecord] = {}
+    for name, record in records["adapters"].adapters.items():
+        subfolder = folder / record.folder
+        written[name], found = _describe_written(record, subfolder)
+        files |= {_in_folder(record.folder, file): value for file, value in found.items()}
+    records["base_model"] = _shadow_embeddings(records["base_model"], written, view)
+    records["adapters"] = attrs.evolve(records["adapters"], adapters=written)
+    tensors = {tensor.tensor: tensor for tensor in sidecar_tensors(records)}
+    if tensors:
+        data = safetensors.torch.save({name: tensor.load() for name, tensor in tensors.items()})
+        write_file(folder / SIDECAR_NAME, data)
+        files[SIDECAR_NAME] = FileRecord(size=len(data), sha256=file_digest(data))
+    manifest = Manifest(sections=records, files=files)
+    write_file(folder / MANIFEST_NAME, manifest.to_json())
+    return manifest
+
+
+def _in_folder(folder: str, name: str) -> str:
+    """The name of a file in a manifest."""
+    return name if folder == "." else f"{folder}/{name}"
+
+
+def _describe_written(
+    record: adapters.AdapterRecord, folder: Path
+) -> tuple[adapters.AdapterRecord, dict[str, FileRecord]]:
+    """An adapter's record, by what PEFT wrote: it may convert both tensors and config."""
+    weights = next(name for name in WEIGHTS_NAMES if (folder / name).exists())
+    data = (folder / weights).read_bytes()
+    tensors = parse_weights(weights, data)
+    config = json.loads((folder / ADAPTER_CONFIG_NAME).read_bytes())
+    described = attrs.evolve(
+        record,
+        config=adapters.canonical_fields(config),
+        tensors=tensor_records(tensors),
+        embeddings_saved=bool(tensors.keys() - record.tensors.keys()),
+    )
+    return described, {weights: FileRecord(size=len(data), sha256=file_digest(data))}
+
+
+def _shadow_embeddings(
+    record: base_model.BaseModelRecord,
+    written: Mapping[str, adapters.AdapterRecord],
+    view: ModelView,
+) -> base_model.BaseModelRecord:
+    """Mark the tensors of the base model that PEFT wrote into an adapter's file."""
+    saved_too = {id(tensor) for tensor in _embeddings(view.model, written, view)}
+    names = {
+        site.name
+        for site in view.tensors()
+        if site.part == "base" and id(site.tensor) in saved_too
+    }
+    return attrs.evolve(record, shadowed=tuple(sorted({*record.shadowed, *names})))
+
+
+def _embeddings(
+    model: nn.Module, written: Mapping[str, adapters.AdapterRecord], view: ModelView
+) -> list[torch.Tensor]:
+    """The live tensors that are in the adapters' files because embeddings were saved."""
+    found = []
+    for name, record in written.items():
+        if record.embeddings_saved:
+            live = adapters.file_tensors(model, view.adapters[name], embeddings=True)
+            found += [tensor for key, tensor in live.items() if key in record.tensors]
+    return found
+
+
+def _rescue(view: ModelView, directory: Path, write: WriteAdapter) -> str | None:
+    """Save what PEFT saves, in a folder beside the one that was asked for."""
+    number = 0
+    while (rescue := directory.with_name(f"{directory.name}.rescued-{number}")).exists():
+        number += 1
+    try:
+        rescue.mkdir(parents=True)
+        write(rescue, _detached(view.model))
+    except Exception:  # noqa: BLE001 - the error that led here is raised, and says more
+        return None
+    return str(rescue)
+
+
+def _detached(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What PEFT is handed as the model's state dict."""
+    return {
+        name: tensor.detach() if tensor.requires_grad else tensor
+        for name, tensor in adapters.live_tensors(model).items()
+    }

@@ -1,0 +1,90 @@
+"""A base model as it is, to put it back if a load fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+
+@attrs.frozen
+class _Attributes:
+    """The attributes of an object; containers among them by what is in them."""
+
+    owner: dict[str, Any]
+    values: dict[str, Any]
+    contents: dict[str, Any]
+
+    @classmethod
+    def of(cls, owner: Any) -> _Attributes:
+        values = dict(vars(owner))
+        kinds = (MutableMapping, MutableSequence, MutableSet)
+        contents = {
+            name: value.copy()  # type: ignore[attr-defined]
+            for name, value in values.items()
+            if isinstance(value, kinds) and hasattr(value, "copy")
+        }
+        return cls(vars(owner), values, contents)
+
+    def restore(self) -> None:
+        """Put the attributes back; a container stays the object that others may refer to."""
+        for name, content in self.contents.items():
+            container = self.values[name]
+            container.clear()
+            getattr(container, "extend" if isinstance(content, list) else "update")(content)
+        self.owner.clear()
+        self.owner.update(self.values)
+
+
+@attrs.frozen
+class Snapshot:
+    """The modules of a model, what hangs on them, and the data of its tensors.
+
+    It holds references only, no copies: what a load changes, it changes by putting something else
+    in its place (`peft` injects layers, casts replace data), never element by element.
+    """
+
+    attributes: tuple[_Attributes, ...]
+    tensors: tuple[tuple[torch.Tensor, torch.Tensor, bool], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Snapshot:
+        """Take a snapshot."""
+        tensors = {id(tensor): tensor for tensor in _tensors(model)}
+        owners = [*model.modules(), *_configs(model)]
+        owners += [
+            owner
+            for tensor in tensors.values()
+            for owner in (tensor, getattr(tensor, "quant_state", None))
+            if hasattr(owner, "__dict__") and vars(owner)
+        ]
+        return cls(
+            tuple(_Attributes.of(owner) for owner in owners),
+            tuple((tensor, tensor.data, tensor.requires_grad) for tensor in tensors.values()),
+        )
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for attributes in self.attributes:
+            attributes.restore()
+        for tensor, data, requires_grad in self.tensors:
+            tensor.data = data
+            tensor.requires_grad_(requires_grad)
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """All parameters and buffers."""
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    """The configs, which PEFT and the sections edit."""
+    config = getattr(model, "config", None)
+    inner = (getattr(config, name, None) for name in getattr(config, "sub_configs", ()))
+    for found in (config, getattr(model, "generation_config", None), *inner):
+        if hasattr(found, "__dict__"):
+            yield found

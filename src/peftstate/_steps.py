@@ -1,0 +1,129 @@
+"""The steps of a load and of a comparison, each over all sections that are handled."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from peftstate._diff import Mismatch, steps
+from peftstate._policy import Policy
+from peftstate._report import Report
+from peftstate.errors import PeftStateError, RestoreError
+from peftstate.sections import SECTIONS
+
+if TYPE_CHECKING:
+    from peftstate.manifest import Manifest
+    from peftstate.sections._base import Section
+    from peftstate.sections._view import ModelView
+
+LOCK = threading.RLock()
+"""Held by every load of ours: transformers sets the default dtype of the whole process while it
+loads, and PEFT's registries are plain dictionaries."""
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """Which sections a load restores and compares, and what it does about differences.
+
+    Attributes:
+        policy: What `on_mismatch` says.
+        skipped: Names of the sections that are left alone.
+    """
+
+    policy: Policy
+    skipped: frozenset[str] = frozenset()
+
+    def sections(self) -> tuple[Section[Any], ...]:
+        """The sections that are handled, in order."""
+        return tuple(
+            section
+            for section in SECTIONS
+            if section.name not in self.skipped and self.policy.handles(section.name)
+        )
+
+
+def check_base(view: ModelView, manifest: Manifest, plan: Plan) -> None:
+    """Compare the base model with the saved one, before it is touched.
+
+    A section that differs ends it: weights that are quantized in another way are other weights.
+
+    Raises:
+        StateMismatchError: It is another one, or quantized in another way.
+    """
+    for section in plan.sections():
+        if section.checked_on_base:
+            mismatches = tuple(
+                mismatch
+                for mismatch in _compare(section, section.capture_like, view, manifest)
+                if not section.restored & set(steps(mismatch.field))
+            )
+            plan.policy.apply(Report(mismatches, (section.name,)))
+
+
+def _compare(
+    section: Section[Any],
+    capture: Callable[[ModelView, Any], Any],
+    view: ModelView,
+    manifest: Manifest,
+) -> tuple[Mismatch, ...]:
+    """The differences between a record and the model."""
+    saved = manifest.sections[section.name]
+    return section.compare(saved, capture(view, saved))
+
+
+def prepare_base(view: ModelView, manifest: Manifest, plan: Plan) -> None:
+    """Bring the bare base model into the saved state."""
+    for section in plan.sections():
+        if section.prepare is not None:
+            with _restoring(section):
+                section.prepare(manifest.sections[section.name], view)
+
+
+def restore_sections(view: ModelView, manifest: Manifest, plan: Plan) -> None:
+    """Bring the wrapped model into the saved state."""
+    for section in plan.sections():
+        if section.restore is not None:
+            with _restoring(section):
+                section.restore(manifest.sections[section.name], view)
+
+
+@contextmanager
+def _restoring(section: Section[Any]) -> Iterator[None]:
+    """Say which section it was that could not be restored."""
+    try:
+        yield
+    except PeftStateError:
+        raise
+    except Exception as error:
+        message = f"the saved state could not be set ({type(error).__name__}: {error})"
+        raise RestoreError(section.name, message) from error
+
+
+def compare_restored(view: ModelView, manifest: Manifest, plan: Plan) -> None:
+    """Compare what was restored with what was saved.
+
+    Raises:
+        StateMismatchError: Something is not as it was saved.
+    """
+    report = compare(view, manifest, plan, lambda section: section.capture_restored)
+    plan.policy.apply(report)
+
+
+def compare(
+    view: ModelView,
+    manifest: Manifest,
+    plan: Plan,
+    capture: Callable[[Section[Any]], Callable[[ModelView, Any], Any]],
+) -> Report:
+    """Compare the sections of a plan."""
+    sections = plan.sections()
+    mismatches = [
+        mismatch
+        for section in sections
+        for mismatch in _compare(section, capture(section), view, manifest)
+    ]
+    return Report(tuple(mismatches), tuple(section.name for section in sections))

@@ -1,0 +1,83 @@
+"""What a section is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import attrs
+
+from peftstate._codec import decode, encode
+from peftstate._diff import Json, Mismatch, diff
+
+if TYPE_CHECKING:
+    from peftstate.errors import StateMismatchError
+    from peftstate.sections._view import ModelView
+
+R = TypeVar("R", bound=attrs.AttrsInstance)
+
+
+def _capture_again(capture: Callable[[ModelView], R]) -> Callable[[ModelView, R], R]:
+    """How a section is captured to be compared with a record, unless it says otherwise."""
+    return lambda view, _: capture(view)
+
+
+@attrs.frozen(kw_only=True)
+class Section(Generic[R]):
+    """One kind of state: how it is captured, and how it is put back.
+
+    There is no hand-written check: a record is compared with a fresh capture, field by field, also
+    after `restore`, so that a setter that silently did nothing shows.
+
+    Attributes:
+        name: The JSON key; also the name of the source file, the test file and the errors' field.
+        record: The frozen attrs class of its values. It knows no torch, so that manifests can be
+            read without it.
+        capture: Reads the state off a model. Draws no random number, changes nothing, and never
+            calls ``model.state_dict()``, which repacks 4-bit weights.
+        capture_like: Captures what is to be compared with a record that was saved, where it
+            matters how that one was captured (over which dtypes, in which form).
+        capture_restored: Captures what is to be compared after a restore, where not all need be
+            read again.
+        prepare: Puts the state back on the bare base model, before the adapter is injected.
+        restore: Puts the state back on the wrapped model.
+        restored: Names of the fields that `prepare` or `restore` set; a difference there is no
+            reason to refuse a base model before it is touched.
+        checked_on_base: Whether the section is compared on the bare base model, before it is
+            touched.
+        per_adapter: Whether the record depends on which adapters are looked at, so that the
+            folder of an extra adapter has another one. Such a record has a method `for_adapters`.
+        error: What a difference raises.
+    """
+
+    name: str
+    record: type[R]
+    capture: Callable[[ModelView], R]
+    capture_like: Callable[[ModelView, R], R] = attrs.field(
+        default=attrs.Factory(lambda self: _capture_again(self.capture), takes_self=True)
+    )
+    capture_restored: Callable[[ModelView, R], R] = attrs.field(
+        default=attrs.Factory(lambda self: self.capture_like, takes_self=True)
+    )
+    prepare: Callable[[R, ModelView], None] | None = None
+    restore: Callable[[R, ModelView], None] | None = None
+    restored: frozenset[str] = frozenset()
+    checked_on_base: bool = False
+    per_adapter: bool = False
+    error: type[StateMismatchError]
+
+    def encode(self, record: R) -> dict[str, Json]:
+        """A record as JSON."""
+        return encode(record)
+
+    def decode(self, value: Json) -> R:
+        """JSON as a record.
+
+        Raises:
+            DecodeError: The value is no such record.
+        """
+        return decode(value, self.record)
+
+    def compare(self, saved: R, found: R) -> tuple[Mismatch, ...]:
+        """The fields in which two records differ."""
+        return diff(self.name, encode(saved), encode(found))

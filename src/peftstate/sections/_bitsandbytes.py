@@ -1,0 +1,250 @@
+"""What peftstate knows of the insides of bitsandbytes.
+
+A layer of bitsandbytes changes when it runs. An 8-bit layer moves its weight and the scales from
+the parameter to ``module.state``, a 4-bit layer on some CPUs takes another form (see
+`_bitsandbytes_forms`), and both cast their bias for good.
+
+Nothing here imports bitsandbytes before a layer of its is seen: a process that has not imported it
+holds none.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from peftstate.sections import _bitsandbytes_forms as forms
+from peftstate.sections._tensors import dtype_name, dtype_named, is_readable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_KINDS = {
+    "Linear4bit": "bitsandbytes.nn",
+    "Linear8bitLt": "bitsandbytes.nn",
+    "Embedding4bit": "bitsandbytes.nn",
+    "Embedding8bit": "bitsandbytes.nn",
+    "Bnb4bitParametrization": "bitsandbytes.nn.parametrize",
+}
+_COMPUTE_DTYPES = frozenset({"bfloat16", "float16", "float32"})
+
+
+@attrs.frozen(kw_only=True)
+class LayerSettings:
+    """How a layer is quantized. What a kind of layer does not have is `None`.
+
+    Attributes:
+        kind: The class of bitsandbytes', such as ``"Linear4bit"``, also for subclasses of it.
+        quant_type: ``"nf4"`` or ``"fp4"``.
+        blocksize: How many weights share a scale.
+        double_quant: Whether the scales are quantized in turn.
+        dtype: The dtype that the weights were quantized from; of an embedding, that it gives.
+        threshold: Activations above it run in 16 bit.
+        has_fp16_weights: Whether the weights are quantized at each forward only.
+    """
+
+    kind: str
+    quant_type: str | None = None
+    blocksize: int | None = None
+    double_quant: bool | None = None
+    dtype: str | None = None
+    threshold: float | None = None
+    has_fp16_weights: bool | None = None
+
+
+@attrs.frozen(kw_only=True)
+class LayerState:
+    """What can be set on a quantized layer.
+
+    Attributes:
+        compute_dtype: The dtype that a 4-bit layer multiplies in.
+        compute_dtype_is_set: Whether it stays so; if not, the next input decides it.
+        form: ``"fresh"``, ``"packed"`` or ``"unpacked"``.
+    """
+
+    compute_dtype: str | None
+    compute_dtype_is_set: bool
+    form: str
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The class of bitsandbytes' that a module is of; `None` for any other module."""
+    for kind, home in _KINDS.items():
+        cls = getattr(sys.modules.get(home), kind, None)
+        if cls is not None and isinstance(module, cls):
+            return kind
+    return None
+
+
+def settings_of(module: nn.Module) -> LayerSettings | None:
+    """How a layer is quantized; `None` if it is not of bitsandbytes."""
+    kind, layer = kind_of(module), _attributes(module)
+    if kind is None:
+        return None
+    if kind == "Embedding8bit":
+        return LayerSettings(kind=kind, dtype=_name(layer.dtype))
+    if kind == "Linear8bitLt":
+        return LayerSettings(
+            kind=kind,
+            threshold=float(layer.state.threshold),
+            has_fp16_weights=bool(layer.state.has_fp16_weights),
+        )
+    return _settings_4bit(kind, layer)
+
+
+def _settings_4bit(kind: str, layer: Any) -> LayerSettings:
+    """How a 4-bit layer is quantized."""
+    state = forms.quant_state(layer)
+    if state is None:  # not quantized yet, so the weight says how it will be
+        return LayerSettings(
+            kind=kind,
+            quant_type=layer.weight.quant_type,
+            blocksize=layer.weight.blocksize,
+            double_quant=bool(layer.weight.compress_statistics),
+        )
+    packed = forms.form_of_state(state) == forms.PACKED
+    return LayerSettings(
+        kind=kind,
+        quant_type=state.quant_type,
+        blocksize=state.blocksize,
+        double_quant=bool(state.original_nested if packed else state.nested),
+        dtype=_name(state.original_dtype if packed else state.dtype),
+    )
+
+
+def state_of(module: nn.Module) -> LayerState | None:
+    """What can be set on a layer; `None` if it is not of bitsandbytes."""
+    if kind_of(module) is None:
+        return None
+    layer = _attributes(module)
+    linear = forms.is_linear(module)
+    return LayerState(
+        compute_dtype=_name(layer.compute_dtype) if linear else None,
+        compute_dtype_is_set=linear and bool(layer.compute_type_is_set),
+        form=forms.form_of(module),
+    )
+
+
+def set_compute_dtype(module: nn.Module, state: LayerState) -> None:
+    """Set the dtype that a 4-bit layer computes in, if it is one that a manifest may set."""
+    layer, name = _attributes(module), state.compute_dtype
+    if forms.is_linear(module) and (name is None or name in _COMPUTE_DTYPES):
+        layer.compute_dtype = None if name is None else dtype_named(name)
+        layer.compute_type_is_set = state.compute_dtype_is_set
+
+
+def bias_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype that a layer's forward casts its bias to, for good; `None` if that is not known.
+
+    An 8-bit layer casts its bias too, to the dtype of whatever comes in.
+    """
+    if not forms.is_linear(module):
+        return None
+    dtype: torch.dtype | None = _attributes(module).compute_dtype
+    return dtype
+
+
+def snapshot(module: nn.Module) -> Callable[[], None]:
+    """Remember a layer's form and compute dtype.
+
+    Returns:
+        What puts them back, also after the layer has run. It keeps the old weight alive.
+    """
+    state = state_of(module)
+    is_quantized = forms.is_linear(module) and forms.quant_state(module) is not None
+    weight = forms.weight_of(module) if is_quantized else None
+    if weight is not None:  # packing replaces the attributes of the live one
+        weight = attrs.evolve(weight, state=copy.copy(weight.state))
+
+    def put_back() -> None:
+        if state is not None:
+            set_compute_dtype(module, state)
+        if weight is not None:
+            forms.assign(module, weight)
+
+    return put_back
+
+
+def canonical_tensors(
+    module: nn.Module, *, form: str | None = None, cycles: int = 1
+) -> dict[str, torch.Tensor] | None:
+    """The quantized weight of a layer, in tensors that running the layer does not change.
+
+    A 4-bit layer gives its nibbles in their original order, the scales un-nested and rounded to
+    bfloat16, and the shape; they are the same fresh and packed. An unpacked layer has other
+    scales, so what is compared with one must be looked at in that form. An 8-bit layer gives its
+    weight and its scales.
+
+    Args:
+        module: Any module.
+        form: The form to look at it in, if that can be worked out; by default its own.
+        cycles: How often a layer of that form was packed.
+
+    Returns:
+        The tensors by name; `None` if the module is no layer of bitsandbytes, or one that keeps
+        its weight in 16 bit; empty if the weight cannot be read now (not yet quantized, on the
+        meta device, sharded). A bias is not among them.
+    """
+    kind, layer = kind_of(module), _attributes(module)
+    if kind is None:
+        return None
+    if kind in ("Linear8bitLt", "Embedding8bit"):
+        return _canonical_8bit(layer)
+    state = forms.quant_state(module)
+    if state is None or not is_readable(state.absmax):
+        return {}
+    if kind == "Bnb4bitParametrization":  # the nibbles are a parameter of the module around it
+        return _canonical_scales(state)
+    if not is_readable(layer.weight):
+        return {}
+    weight = forms.weight_of(module)
+    changes_scales = form == forms.UNPACKED or (form == forms.PACKED and cycles > 1)
+    if form is not None and changes_scales and forms.can_compute(module, form):
+        weight = forms.in_form(module, form, cycles=cycles)
+    canonical = {"": forms.original_order(weight)} | _canonical_scales(weight.state)
+    return {f"weight.{key}".removesuffix("."): tensor for key, tensor in canonical.items()}
+
+
+def _canonical_scales(state: Any) -> dict[str, torch.Tensor]:
+    """The scales and the shape of a 4-bit weight."""
+    import torch
+    from bitsandbytes.functional import dequantize_blockwise
+
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    elif forms.form_of_state(state) == forms.PACKED:
+        absmax = absmax.T
+    return {
+        "absmax": absmax.reshape(-1).to(torch.bfloat16),
+        "shape": torch.tensor(tuple(state.shape), dtype=torch.int64),
+    }
+
+
+def _canonical_8bit(layer: Any) -> dict[str, torch.Tensor] | None:
+    """The weight and the scales of an 8-bit layer, wherever they are."""
+    import torch
+
+    if layer.weight.has_fp16_weights:
+        return None
+    state = getattr(layer, "state", None)  # an embedding has none
+    data = layer.weight.data if state is None or state.CB is None else state.CB
+    scale = layer.weight.SCB if state is None or state.SCB is None else state.SCB
+    if data.dtype != torch.int8 or scale is None or not (is_readable(data) and is_readable(scale)):
+        return {}
+    return {"weight": data, "weight.SCB": scale}
+
+
+def _attributes(module: nn.Module) -> Any:
+    """A module whose attributes have no declared type."""
+    return module
+
+
+def _name(dtype: torch.dtype | None) -> str | None:
+    """The name of a dtype in a manifest."""
+    return None if dtype is None else dtype_name(dtype)

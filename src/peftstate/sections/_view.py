@@ -1,0 +1,78 @@
+"""How sections see a model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import attrs
+
+from peftstate.sections import _walk
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@attrs.frozen(kw_only=True)
+class ModelView:
+    """A PEFT model, or a bare base model, and which of its adapters are looked at.
+
+    Attributes:
+        model: The model.
+        adapters: The adapters, in order: name in the manifest → name in the model.
+        folders: The folder of each adapter, relative to the manifest's; ``"."`` is its own.
+        fingerprint: What digests of the base model cover: ``"full"``, ``"sampled"`` or ``"off"``.
+    """
+
+    model: nn.Module
+    adapters: Mapping[str, str] = attrs.field(factory=dict)
+    folders: Mapping[str, str] = attrs.field(factory=dict)
+    fingerprint: str = "full"
+
+    @classmethod
+    def of(cls, model: nn.Module, *, fingerprint: str = "full") -> ModelView:
+        """The view of all adapters of a model, under their own names."""
+        names = list(model.peft_config) if _walk.is_peft_model(model) else []
+        return cls(
+            model=model,
+            adapters={name: name for name in names},
+            folders={name: "." if name == "default" else name for name in names},
+            fingerprint=fingerprint,
+        )
+
+    def limited_to(self, names: Collection[str]) -> ModelView:
+        """The view of some of the adapters."""
+        return attrs.evolve(
+            self,
+            adapters={name: live for name, live in self.adapters.items() if name in names},
+            folders={name: folder for name, folder in self.folders.items() if name in names},
+        )
+
+    def only(self, adapter: str) -> ModelView:
+        """The view of one adapter, as the manifest in its own folder describes it."""
+        return attrs.evolve(
+            self, adapters={adapter: self.adapters[adapter]}, folders={adapter: "."}
+        )
+
+    @property
+    def base(self) -> nn.Module:
+        """The bare base model; adapters may be injected in it."""
+        return _walk.base_of(self.model)
+
+    def saved_name(self, live: str) -> str | None:
+        """The name in the manifest of one of the model's adapters, if it is looked at."""
+        return next((saved for saved, name in self.adapters.items() if name == live), None)
+
+    def sites(self) -> tuple[_walk.Site, ...]:
+        """The modules, those of adapters that are not looked at left out."""
+        wanted = {None, *self.adapters.values()}
+        return tuple(site for site in _walk.sites(self.model) if site.adapter in wanted)
+
+    def tensors(self) -> tuple[_walk.TensorSite, ...]:
+        """The parameters and buffers, those of adapters that are not looked at left out."""
+        wanted = {None, *self.adapters.values()}
+        return tuple(site for site in _walk.tensors(self.model) if site.adapter in wanted)
+
+    def base_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The base model's modules under their original names, adapters looked through."""
+        return ((site.name, site.module) for site in self.sites() if site.part == "base")

@@ -1,0 +1,275 @@
+"""Every module and tensor of a model, with the part of the model that it belongs to.
+
+A bare base model and the same model with adapters injected must give the same names, and an
+adapter must be found again under another name. So everything belongs to one *part*:
+
+- ``base``: the base model, under the names it has without adapters;
+- ``model``: what PEFT puts around it (the `PeftModel`, the tuner), under its live name;
+- ``adapter``: one of the adapters, under its live name without the adapter's own name in it, as
+  PEFT writes it in its files. A layer that adapters share belongs to each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import attrs
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Part: TypeAlias = Literal["base", "model", "adapter"]
+
+
+@attrs.frozen
+class Site:
+    """A module and the part of the model that it belongs to.
+
+    Attributes:
+        part: The part.
+        adapter: Name of the adapter if `part` is ``"adapter"``.
+        name: The name inside the part.
+        module: The module.
+        shadowed: Whether a trained copy stands in for it (PEFT's `modules_to_save`).
+        merged: Whether an adapter is merged into its tensors.
+    """
+
+    part: Part
+    adapter: str | None
+    name: str
+    module: nn.Module
+    shadowed: bool = False
+    merged: bool = False
+
+
+@attrs.frozen
+class TensorSite:
+    """A parameter or buffer and the module that holds it.
+
+    Attributes:
+        part: The part of the model that the tensor belongs to.
+        adapter: Name of the adapter if `part` is ``"adapter"``.
+        name: The name inside the part.
+        module: The module that holds it.
+        leaf: The name under which the module holds it.
+        tensor: The live tensor.
+        persistent: Whether a checkpoint holds it.
+        shadowed: Whether a trained copy stands in for it.
+        merged: Whether an adapter is merged into it.
+    """
+
+    part: Part
+    adapter: str | None
+    name: str
+    module: nn.Module
+    leaf: str
+    tensor: torch.Tensor
+    persistent: bool
+    shadowed: bool = False
+    merged: bool = False
+
+    def replace(self, tensor: torch.Tensor) -> None:
+        """Put other data, which may have another dtype, in the tensor's place."""
+        if self.leaf in self.module._parameters:
+            self.tensor.data = tensor
+        else:
+            self.module._buffers[self.leaf] = tensor
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether a model has PEFT's adapters in it."""
+    from peft import PeftMixedModel, PeftModel
+
+    return isinstance(model, (PeftModel, PeftMixedModel))
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model inside a PEFT model (or the model itself), not compiled."""
+    base = model.get_base_model() if is_peft_model(model) else model
+    return getattr(base, "_orig_mod", base)
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """Every module of a model, each module once in each part that it belongs to."""
+    return _Walk(model).run()
+
+
+def tensors(model: nn.Module) -> Iterator[TensorSite]:
+    """Every parameter and buffer of a model; a shared one under each of its names."""
+    adapters = frozenset(getattr(model, "peft_config", ())) if is_peft_model(model) else frozenset()
+    seen = set()
+    for site in sites(model):
+        for found in _tensors_of(site, adapters):
+            key = (found.part, found.adapter, found.name)
+            if key not in seen:
+                seen.add(key)
+                yield found
+
+
+def _tensors_of(site: Site, adapters: frozenset[str]) -> Iterator[TensorSite]:
+    """The tensors that hang on one module itself."""
+    module = site.module
+    keyed = site.part != "base" and is_container(module)
+    held = [*module._parameters.items(), *module._buffers.items()]
+    for leaf, tensor in held:
+        if tensor is None:
+            continue
+        owner = leaf if keyed and leaf in adapters else site.adapter
+        if keyed and leaf in adapters and site.adapter not in (None, leaf):
+            continue  # another adapter's, in a container that both share
+        yield TensorSite(
+            part="adapter" if owner is not None else site.part,
+            adapter=owner,
+            name=site.name if owner == leaf and keyed else _join(site.name, leaf),
+            module=module,
+            leaf=leaf,
+            tensor=tensor,
+            persistent=leaf not in module._non_persistent_buffers_set,
+            shadowed=site.shadowed,
+            merged=site.merged,
+        )
+
+
+def _join(name: str, child: str) -> str:
+    """A dotted name."""
+    return f"{name}.{child}" if name else child
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether a module only holds others, or tensors, by key."""
+    from peft.tuners._buffer_dict import BufferDict
+    from torch import nn
+
+    return isinstance(module, (nn.ModuleDict, nn.ParameterDict, BufferDict))
+
+
+def _original_of(module: nn.Module) -> str | None:
+    """The attribute under which a layer of PEFT holds the base model's module that it replaces."""
+    from peft.tuners.adaption_prompt.layer import AdaptedAttention
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return "original_module"
+    if isinstance(module, BaseTunerLayer) and "base_layer" in module._modules:
+        return "base_layer"
+    if isinstance(module, AdaptedAttention):
+        return "model"
+    return None
+
+
+@attrs.frozen
+class _Over:
+    """What the layers of PEFT around a module of the base model do to it."""
+
+    shadowed: bool
+    merged: bool
+
+    def and_by(self, layer: nn.Module) -> _Over:
+        """The same with one more layer around it."""
+        from peft.utils.other import ModulesToSaveWrapper
+
+        copied = isinstance(layer, ModulesToSaveWrapper)
+        merged = not copied and bool(getattr(layer, "merged_adapters", ()))
+        return _Over(self.shadowed or copied, self.merged or merged)
+
+
+_NOTHING = _Over(shadowed=False, merged=False)
+
+
+class _Walk:
+    """One walk over a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._base = base_of(model)
+        self._adapters = tuple(getattr(model, "peft_config", ())) if is_peft_model(model) else ()
+        self._seen: set[int] = set()
+
+    def run(self) -> Iterator[Site]:
+        """All sites."""
+        if self._model is self._base or not self._adapters:
+            yield from self._walk_base(self._base, "", "")
+        else:
+            yield from self._walk_peft(self._model, "", adapter=None)
+
+    def _first_visit(self, module: nn.Module) -> bool:
+        """Whether a module was not met before."""
+        if id(module) in self._seen:
+            return False
+        self._seen.add(id(module))
+        return True
+
+    def _walk_base(
+        self, module: nn.Module, name: str, live: str, over: _Over = _NOTHING
+    ) -> Iterator[Site]:
+        """The base model, looking through the layers that PEFT put in."""
+        if not self._first_visit(module):
+            return
+        original = _original_of(module)
+        if original is not None:
+            yield from self._walk_layer(module, name, live, original, over)
+            return
+        yield Site("base", None, name, module, over.shadowed, over.merged)
+        for key, child in module._modules.items():
+            if child is not None:
+                yield from self._walk_base(child, _join(name, key), _join(live, key), over)
+
+    def _walk_layer(
+        self, module: nn.Module, name: str, live: str, original: str, over: _Over
+    ) -> Iterator[Site]:
+        """A layer of PEFT: first the module that it replaces, then what belongs to the adapters."""
+        replaced = module._modules[original]
+        if replaced is not None:
+            yield from self._walk_base(replaced, name, _join(live, original), over.and_by(module))
+        members = [name for name in self._adapters if _holds(module, name)]
+        for adapter in members or self._adapters:
+            yield Site("adapter", adapter, live, module)
+        for key, child in module._modules.items():
+            if key != original and child is not None:
+                yield from self._walk_shared(child, _join(live, key), members)
+
+    def _walk_shared(self, module: nn.Module, live: str, members: list[str]) -> Iterator[Site]:
+        """What a layer of PEFT holds: mostly containers whose keys are adapters' names."""
+        if not is_container(module):
+            for adapter in members[:1] or [None]:
+                yield from self._walk_peft(module, live, adapter=adapter)
+            return
+        if not self._first_visit(module):
+            return
+        for adapter in members:
+            yield Site("adapter", adapter, live, module)
+        if not members:
+            yield Site("model", None, live, module)
+        for key, child in module._modules.items():
+            if child is not None:
+                adapter = key if key in self._adapters else None
+                inner = live if adapter else _join(live, key)
+                yield from self._walk_peft(child, inner, adapter=adapter)
+
+    def _walk_peft(self, module: nn.Module, live: str, *, adapter: str | None) -> Iterator[Site]:
+        """What PEFT puts around or beside the base model."""
+        if module is self._base or getattr(module, "_orig_mod", None) is self._base:
+            yield from self._walk_base(self._base, "", live)
+            return
+        if adapter is None and is_container(module):
+            yield from self._walk_shared(module, live, [])
+            return
+        if not self._first_visit(module):
+            return
+        yield Site("model" if adapter is None else "adapter", adapter, live, module)
+        children = sorted(module._modules.items(), key=lambda item: item[0] != "base_model")
+        for key, child in children:
+            if child is not None:
+                yield from self._walk_peft(child, _join(live, key), adapter=adapter)
+
+
+def _holds(module: nn.Module, adapter: str) -> bool:
+    """Whether a layer of PEFT has anything of an adapter."""
+    return any(
+        adapter in child
+        for child in module._modules.values()
+        if child is not None and is_container(child)
+    )

@@ -1,0 +1,280 @@
+"""`adapters`: which adapters there are, their configs, and every one of their tensors.
+
+PEFT loads what fits and warns, at best, of what does not. Here every tensor in the file and every
+tensor in the model must be the saved one, to the last bit and in the saved dtype.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from peftstate._diff import Json
+from peftstate.errors import AdapterMismatchError
+from peftstate.sections._base import Section
+from peftstate.sections._table import Table
+from peftstate.sections._tensors import TensorRecord, tensor_records
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+    from torch import nn
+
+    from peftstate.sections._view import ModelView
+
+NOT_IN_CONFIG = frozenset(
+    {
+        "auto_mapping",  # set by PEFT while it writes
+        "base_model_name_or_path",  # where it was found, not what it is
+        "inference_mode",  # is in `training`; PEFT writes true whatever it was
+        "peft_version",  # is in `environment`
+        "revision",  # is in `base_model`
+        "runtime_config",  # how to load, not what
+    }
+)
+"""Fields of a PEFT config that are no part of the record."""
+
+
+@attrs.frozen(kw_only=True)
+class AdapterRecord:
+    """One adapter.
+
+    Attributes:
+        folder: Its folder, relative to the manifest's; ``"."`` for its own.
+        config: The fields of its PEFT config, sets sorted.
+        tensors: What PEFT saves of it, under the names in PEFT's file.
+        embeddings_saved: Whether the file holds the embedding layers of the base model too.
+        unsaved: The adapter's tensors in the model that PEFT does not save (what is drawn from a
+            seed, for instance).
+        scaling: The factor that each layer applies.
+    """
+
+    folder: str
+    config: Mapping[str, Json]
+    tensors: Mapping[str, TensorRecord]
+    embeddings_saved: bool
+    unsaved: Mapping[str, TensorRecord]
+    scaling: Table[float]
+
+
+@attrs.frozen(kw_only=True)
+class AdaptersRecord:
+    """The adapters of a model.
+
+    Attributes:
+        adapters: The adapters by name, which is also the order they are loaded in.
+        active: Names of the active ones.
+        enabled: Whether the active ones are applied at all.
+        merged: Names of those merged into the base model.
+    """
+
+    adapters: Mapping[str, AdapterRecord]
+    active: tuple[str, ...]
+    enabled: bool
+    merged: tuple[str, ...]
+
+    def for_adapters(self, names: Collection[str]) -> AdaptersRecord:
+        """The record without the adapters that are not looked at."""
+        return attrs.evolve(
+            self,
+            adapters={name: record for name, record in self.adapters.items() if name in names},
+            active=tuple(name for name in self.active if name in names),
+            merged=tuple(name for name in self.merged if name in names),
+        )
+
+
+def capture(view: ModelView) -> AdaptersRecord:
+    """Describe the adapters in the model."""
+    return _capture(view, embeddings_saved={})
+
+
+def capture_like(view: ModelView, record: AdaptersRecord) -> AdaptersRecord:
+    """Capture for a comparison with a record: of the tensors that were saved."""
+    return _capture(
+        view,
+        embeddings_saved={name: saved.embeddings_saved for name, saved in record.adapters.items()},
+    )
+
+
+def _capture(view: ModelView, *, embeddings_saved: Mapping[str, bool]) -> AdaptersRecord:
+    """Describe the adapters, each with or without the embedding layers of the base model."""
+    active = getattr(view.model, "active_adapters", [])
+    layers = list(tuner_layers(view.model))
+    merged = {name for layer in layers for name in getattr(layer, "merged_adapters", ())}
+    return AdaptersRecord(
+        adapters={
+            saved: _describe(view, saved, embeddings_saved=embeddings_saved.get(saved, False))
+            for saved in view.adapters
+        },
+        active=tuple(saved for live in active if (saved := view.saved_name(live)) is not None),
+        enabled=_enabled(view.model, layers),
+        merged=tuple(sorted(saved for live in merged if (saved := view.saved_name(live)))),
+    )
+
+
+def _describe(view: ModelView, saved: str, *, embeddings_saved: bool) -> AdapterRecord:
+    """Describe one adapter."""
+    live = view.adapters[saved]
+    in_file = file_tensors(view.model, live, embeddings=embeddings_saved)
+    held = {id(tensor) for tensor in in_file.values()}
+    unsaved = {
+        site.name: site.tensor
+        for site in view.tensors()
+        if site.adapter == live and id(site.tensor) not in held
+    }
+    return AdapterRecord(
+        folder=view.folders[saved],
+        config=config_fields(view.model.peft_config[live]),
+        tensors=tensor_records(in_file),
+        embeddings_saved=embeddings_saved,
+        unsaved=tensor_records(unsaved),
+        scaling=_scaling(view, live),
+    )
+
+
+def config_fields(config: PeftConfig) -> dict[str, Json]:
+    """A PEFT config as JSON in one form only, sets in sorted order."""
+    return canonical_fields(config.to_dict())
+
+
+def canonical_fields(config: Mapping[str, Any]) -> dict[str, Json]:
+    """The fields of a PEFT config that say what the adapter is, from memory or from its file."""
+    fields: dict[str, Json] = json.loads(json.dumps(dict(config), default=_jsonable))
+    return {
+        key: sorted(value) if key in _SETS and isinstance(value, list) else value
+        for key, value in fields.items()
+        if key not in NOT_IN_CONFIG
+    }
+
+
+_SETS = frozenset({"target_modules", "exclude_modules", "modules_to_save", "target_parameters"})
+"""Fields that PEFT holds as sets and writes in random order."""
+
+
+def _jsonable(value: Any) -> Json:
+    """What `json` does not know of a PEFT config: sets, enums, dtypes, nested configs."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if attrs.has(type(value)) or hasattr(value, "__dataclass_fields__"):
+        return dict(vars(value))
+    return str(value)
+
+
+def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What ``model.state_dict()`` would hold, without calling it.
+
+    `bitsandbytes.nn.Linear4bit._save_to_state_dict` unpacks a layer that has run on the CPU, which
+    moves its values; nothing here touches a tensor.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and leaf not in module._non_persistent_buffers_set:
+                tensors[prefix + leaf] = tensor
+    return tensors
+
+
+def file_tensors(
+    model: nn.Module, adapter: str, *, embeddings: bool, live: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter under the names of PEFT's file, the live ones where that is so.
+
+    Args:
+        model: A PEFT model.
+        adapter: Name of the adapter.
+        embeddings: Whether the embedding layers of the base model are wanted.
+        live: What `live_tensors` gives, if the caller has it.
+    """
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(
+        model,
+        state_dict=live_tensors(model) if live is None else live,
+        adapter_name=adapter,
+        save_embedding_layers=embeddings,
+    )
+    return dict(sorted(tensors.items()))
+
+
+def tuner_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that PEFT put into the base model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def _enabled(model: nn.Module, layers: list[nn.Module]) -> bool:
+    """Whether adapters are applied."""
+    if getattr(model, "_adapters_disabled", False):
+        return False
+    return not any(getattr(layer, "disable_adapters", False) for layer in layers)
+
+
+def _scaling(view: ModelView, adapter: str) -> Table[float]:
+    """The run-time scaling of each layer."""
+    values = {}
+    for site in view.sites():
+        scaling = getattr(site.module, "scaling", None)
+        if site.adapter == adapter and isinstance(scaling, Mapping) and adapter in scaling:
+            values[site.name] = float(scaling[adapter])
+    return Table.of(values)
+
+
+def restore(record: AdaptersRecord, view: ModelView) -> None:
+    """Set scaling, active adapters, whether they are applied, and merge those that were merged.
+
+    The tensors were set when the adapter was loaded. Merging rounds, so it must come before any
+    forward pass: one on a CPU repacks 4-bit weights. Whether it gave the saved weights is seen by
+    `base_model`.
+    """
+    restore_scaling(record, view)
+    _restore_active(record, view)
+    merged = [view.adapters[name] for name in record.merged if name in view.adapters]
+    if merged and not capture(view).merged:
+        view.model.merge_adapter(merged)
+
+
+def restore_scaling(record: AdaptersRecord, view: ModelView) -> None:
+    """Set the factor that each layer applies."""
+    for site in view.sites():
+        saved = view.saved_name(site.adapter or "")
+        scaling = getattr(site.module, "scaling", None)
+        if saved in record.adapters and isinstance(scaling, dict) and site.adapter in scaling:
+            value = record.adapters[saved].scaling[site.name]
+            if value is not None and value != scaling[site.adapter]:
+                scaling[site.adapter] = value
+
+
+def _restore_active(record: AdaptersRecord, view: ModelView) -> None:
+    """Make the saved adapters the active ones, applied or not."""
+    model = view.model
+    active = [view.adapters[name] for name in record.active if name in view.adapters]
+    if active and active != list(model.active_adapters):
+        # PeftModel.set_adapter takes one name only
+        if len(active) > 1:
+            model.base_model.set_adapter(active)
+            model.active_adapter = active[0]
+        else:
+            model.set_adapter(active[0])
+    if record.enabled != _enabled(model, tuner_layers(model)):
+        switch = "enable_adapter_layers" if record.enabled else "disable_adapter_layers"
+        getattr(model.base_model, switch)()
+
+
+SECTION = Section(
+    name="adapters",
+    record=AdaptersRecord,
+    capture=capture,
+    capture_like=capture_like,
+    restore=restore,
+    per_adapter=True,
+    error=AdapterMismatchError,
+)

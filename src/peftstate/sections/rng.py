@@ -1,0 +1,183 @@
+"""`rng`: the random generators of the process.
+
+Loading an adapter itself draws random numbers (PEFT initialises weights that it then
+overwrites), so they are put back last. All or nothing: if one cannot be set, all are as before.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import attrs
+
+from peftstate.errors import RngMismatchError
+from peftstate.sections._base import Section
+from peftstate.sections._tensors import SidecarTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from peftstate.sections._view import ModelView
+
+ACCELERATORS = ("cuda", "xpu", "mps", "npu")
+"""Kinds of device whose generators are recorded, as torch names their modules."""
+
+
+@attrs.frozen(kw_only=True)
+class PythonRng:
+    """The generator of `random`.
+
+    Attributes:
+        version: Version of the state, as `random.getstate` gives it.
+        state: uint32, shape (625,): the Mersenne twister and its position.
+        gauss: The second normal number of a pair, if `random.gauss` has one in hand.
+    """
+
+    version: int
+    state: SidecarTensor
+    gauss: float | None
+
+
+@attrs.frozen(kw_only=True)
+class NumpyRng:
+    """The global generator of `numpy.random`, a Mersenne twister.
+
+    Attributes:
+        state: uint32, shape (624,).
+        position: Position in the state.
+        gauss: The second normal number of a pair, if there is one in hand.
+    """
+
+    state: SidecarTensor
+    position: int
+    gauss: float | None
+
+
+@attrs.frozen(kw_only=True)
+class RngRecord:
+    """The states of the generators.
+
+    Attributes:
+        python: Of `random`.
+        numpy: Of `numpy.random`.
+        torch_cpu: uint8, shape (5056,): of torch on the CPU.
+        accelerators: Of torch on each device: ``"cuda:0"`` → uint8 state.
+    """
+
+    python: PythonRng
+    numpy: NumpyRng
+    torch_cpu: SidecarTensor
+    accelerators: Mapping[str, SidecarTensor]
+
+
+def _words(name: str, words: object) -> SidecarTensor:
+    """32-bit words, as they stand in the sidecar."""
+    import torch
+
+    return SidecarTensor.of(name, torch.tensor(words, dtype=torch.int64).to(torch.uint32))
+
+
+def capture(_: ModelView) -> RngRecord:
+    """Read the generators without drawing from them."""
+    return states()
+
+
+def states() -> RngRecord:
+    """The states of the generators of this process."""
+    import numpy as np
+    import torch
+
+    version, words, gauss = random.getstate()
+    _kind, key, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return RngRecord(
+        python=PythonRng(version=version, state=_words("rng.python", words), gauss=gauss),
+        numpy=NumpyRng(
+            state=_words("rng.numpy", key.tolist()),
+            position=int(position),
+            gauss=float(cached) if has_gauss else None,
+        ),
+        torch_cpu=SidecarTensor.of("rng.torch_cpu", torch.get_rng_state()),
+        accelerators={
+            device: SidecarTensor.of(f"rng.{device}", backend.get_rng_state(index))
+            for device, (backend, index) in _devices().items()
+        },
+    )
+
+
+def _devices() -> dict[str, tuple[ModuleType, int]]:
+    """Each accelerator of this process, with torch's module for it and its index."""
+    import torch
+
+    found: dict[str, tuple[ModuleType, int]] = {}
+    for kind in ACCELERATORS:
+        backend = getattr(torch, kind, None)
+        if backend is None or not hasattr(backend, "get_rng_state"):
+            continue
+        if not getattr(backend, "is_available", lambda: True)():
+            continue
+        for index in range(backend.device_count()):
+            found[f"{kind}:{index}"] = (backend, index)
+    return found
+
+
+def restore(record: RngRecord, _: ModelView) -> None:
+    """Set every generator that this process has."""
+    set_states(record)
+
+
+def set_states(record: RngRecord) -> None:
+    """Set every generator that this process has.
+
+    Raises:
+        ValueError: A state does not fit its generator; all generators are then as they were.
+    """
+    before = states()
+    try:
+        _set(record)
+    except BaseException:
+        _set(before)
+        raise
+
+
+def _set(record: RngRecord) -> None:
+    """Set the generators one after the other."""
+    import numpy as np
+    import torch
+
+    python, numpy = record.python, record.numpy
+    random.setstate((python.version, tuple(_ints(python.state)), python.gauss))
+    np.random.set_state(
+        (
+            "MT19937",
+            np.array(_ints(numpy.state), dtype=np.uint32),
+            numpy.position,
+            int(numpy.gauss is not None),
+            numpy.gauss or 0.0,
+        )
+    )
+    torch.set_rng_state(record.torch_cpu.load())
+    devices = _devices()
+    for device, state in record.accelerators.items():
+        if device in devices:
+            backend, index = devices[device]
+            backend.set_rng_state(state.load(), index)
+
+
+def _ints(state: SidecarTensor) -> list[int]:
+    """The words of a state."""
+    import torch
+
+    words: torch.Tensor = state.load()
+    return [int(word) for word in words.to(torch.int64).tolist()]
+
+
+SECTION = Section(
+    name="rng",
+    record=RngRecord,
+    capture=capture,
+    restore=restore,
+    error=RngMismatchError,
+)

@@ -1,0 +1,182 @@
+"""`training`: train flags, trainable parameters, gradient checkpointing.
+
+One flag on the model does not tell: `get_peft_model` on a base model in eval mode leaves the
+adapter's dropout in train mode, and PEFT's load puts everything in eval mode.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+import attrs
+
+from peftstate.errors import TrainingStateMismatchError
+from peftstate.sections._base import Section
+from peftstate.sections._table import Table
+from peftstate.sections._walk import is_container
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftstate.sections._view import ModelView
+    from peftstate.sections._walk import Site, TensorSite
+
+
+@attrs.frozen(kw_only=True)
+class PartRecord:
+    """The training state of one part of a model.
+
+    Attributes:
+        train: The train flag of each module.
+        requires_grad: The flag of each parameter.
+    """
+
+    train: Table[bool]
+    requires_grad: Table[bool]
+
+
+@attrs.frozen(kw_only=True)
+class TrainingRecord:
+    """The training state of a model.
+
+    Attributes:
+        base: Of the base model.
+        adapters: Of each adapter.
+        model: Of what PEFT holds beside both.
+        gradient_checkpointing: Names of the base model's modules that recompute activations.
+        use_reentrant: Which implementation of checkpointing they use; `None` for torch's default.
+    """
+
+    base: PartRecord
+    adapters: Mapping[str, PartRecord]
+    model: PartRecord
+    gradient_checkpointing: tuple[str, ...]
+    use_reentrant: bool | None
+
+    def for_adapters(self, names: Collection[str]) -> TrainingRecord:
+        """The record without the adapters that are not looked at."""
+        kept = {name: part for name, part in self.adapters.items() if name in names}
+        return attrs.evolve(self, adapters=kept)
+
+    @property
+    def in_train_mode(self) -> bool:
+        """Whether any module is in train mode."""
+        tables = [self.base.train, self.model.train]
+        tables += [part.train for part in self.adapters.values()]
+        return any(table.default or True in table.exceptions.values() for table in tables)
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether any parameter of an adapter is trainable."""
+        tables = [part.requires_grad for part in self.adapters.values()]
+        return any(table.default or True in table.exceptions.values() for table in tables)
+
+
+def capture(view: ModelView) -> TrainingRecord:
+    """Read the flag of every module and parameter."""
+    sites, tensors = _flagged(view), view.tensors()
+
+    def part(name: str, adapter: str | None = None) -> PartRecord:
+        return PartRecord(
+            train=Table.of(
+                {
+                    site.name: site.module.training
+                    for site in sites
+                    if site.part == name and site.adapter == adapter
+                }
+            ),
+            requires_grad=Table.of(
+                {
+                    site.name: site.tensor.requires_grad
+                    for site in tensors
+                    if site.part == name
+                    and site.adapter == adapter
+                    and site.leaf in site.module._parameters
+                }
+            ),
+        )
+
+    return TrainingRecord(
+        base=part("base"),
+        adapters={saved: part("adapter", live) for saved, live in view.adapters.items()},
+        model=part("model"),
+        gradient_checkpointing=tuple(
+            sorted(name for name, module in view.base_modules() if _checkpoints(module))
+        ),
+        use_reentrant=_use_reentrant(view),
+    )
+
+
+def _flagged(view: ModelView) -> tuple[Site, ...]:
+    """The modules whose train flag is looked at: PEFT's mere containers run nothing."""
+    return tuple(
+        site for site in view.sites() if site.part == "base" or not is_container(site.module)
+    )
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    """Whether a module recomputes its activations."""
+    return bool(getattr(module, "gradient_checkpointing", False))
+
+
+def _use_reentrant(view: ModelView) -> bool | None:
+    """The argument that transformers bound to torch's checkpoint function."""
+    for _, module in view.base_modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if _checkpoints(module) and isinstance(function, functools.partial):
+            value = function.keywords.get("use_reentrant")
+            return value if isinstance(value, bool) else None
+    return None
+
+
+def restore(record: TrainingRecord, view: ModelView) -> None:
+    """Set the flag of every module and parameter, and gradient checkpointing."""
+
+    def part_of(site: Site | TensorSite) -> PartRecord | None:
+        if site.part == "adapter":
+            return record.adapters.get(view.saved_name(site.adapter or "") or "")
+        return record.base if site.part == "base" else record.model
+
+    for site in _flagged(view):
+        part = part_of(site)
+        if part is not None and (flag := part.train[site.name]) is not None:
+            site.module.training = flag
+    for tensor in view.tensors():
+        part = part_of(tensor)
+        if part is not None and tensor.leaf in tensor.module._parameters:
+            flag = part.requires_grad[tensor.name]
+            if flag is not None and (tensor.tensor.is_floating_point() or not flag):
+                tensor.tensor.requires_grad_(flag)
+    _restore_checkpointing(record, view)
+
+
+def _restore_checkpointing(record: TrainingRecord, view: ModelView) -> None:
+    """Switch gradient checkpointing on or off, and set the flag of each module."""
+    modules = [(name, module) for name, module in view.base_modules()]
+    if record.gradient_checkpointing and hasattr(view.base, "_set_gradient_checkpointing"):
+        arguments = (
+            {} if record.use_reentrant is None else {"use_reentrant": record.use_reentrant}
+        )
+        # its name changed in transformers 5, where the old one warns
+        enable = getattr(
+            view.base,
+            "activation_checkpointing_enable",
+            getattr(view.base, "gradient_checkpointing_enable", None),
+        )
+        if enable is not None:
+            enable(arguments)
+    for name, module in modules:
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = name in record.gradient_checkpointing
+
+
+SECTION = Section(
+    name="training",
+    record=TrainingRecord,
+    capture=capture,
+    restore=restore,
+    per_adapter=True,
+    error=TrainingStateMismatchError,
+)

@@ -1,0 +1,55 @@
+"""A real model, trained once for all tests of this folder."""
+
+from __future__ import annotations
+
+import os
+
+import attrs
+import demo
+import pytest
+from gemma import gemma_checkpoint
+from trl import SFTTrainer
+
+
+@attrs.frozen(kw_only=True)
+class Trained:
+    """Gemma after three steps of QLoRA, saved, and still in memory."""
+
+    trainer: SFTTrainer
+    saved: demo.Saved
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Let upstream warn: these tests are about what comes back."""
+    with demo.quiet():
+        yield
+
+
+@pytest.fixture(scope="session")
+def checkpoint(request):
+    """A checkpoint of Gemma 3 270M, made once: in `$PEFTSTATE_GEMMA` or the cache of pytest."""
+    kept = os.environ.get("PEFTSTATE_GEMMA") or request.config.cache.mkdir("gemma") / "checkpoint"
+    with demo.quiet():
+        return str(gemma_checkpoint(kept))
+
+
+@pytest.fixture(scope="session")
+def trained(checkpoint, tmp_path_factory):
+    """The flow of peft#1649: nf4 with double quantization, `SFTTrainer`, `save_model`."""
+    output = tmp_path_factory.mktemp("gemma") / "adapter"
+    with demo.quiet():
+        trainer = demo.train(checkpoint, output, steps=3)
+        demo.set_generation(trainer.model)
+        return Trained(trainer=trainer, saved=demo.save(trainer, checkpoint, output))
+
+
+@pytest.fixture(
+    scope="session",
+    params=[how for how in demo.RELOADS if how.is_exact],
+    ids=lambda how: how.load.__name__,
+)
+def comparison(request, trained):
+    """A reload with peftstate, compared with the model that was saved."""
+    with demo.quiet():
+        return demo.reload(request.param, trained.saved)

@@ -1,0 +1,152 @@
+"""Reading files of strangers, and the steps of a save on the disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from peftstate._disk import read_file, set_mode, sync_folder, tree, usual_mode
+from peftstate.errors import IntegrityError
+
+
+def test_read_file(tmp_path: Path) -> None:
+    """A file is read as it is, up to and with the limit."""
+    (tmp_path / "file").write_bytes(b"\0\r\n\xff")
+    assert read_file(tmp_path / "file", inside=[tmp_path]) == b"\0\r\n\xff"
+    assert read_file(tmp_path / "file", inside=[tmp_path], limit=4) == b"\0\r\n\xff"
+    with pytest.raises(IntegrityError, match="saved at most 3 bytes, found 4 bytes"):
+        read_file(tmp_path / "file", inside=[tmp_path], limit=3)
+
+
+def test_read_missing_file(tmp_path: Path) -> None:
+    """A missing file, and a link to one, are missing."""
+    (tmp_path / "link").symlink_to("missing")
+    for name in ("missing", "link"):
+        with pytest.raises(FileNotFoundError):
+            read_file(tmp_path / name, inside=[tmp_path])
+
+
+def test_read_link(tmp_path: Path) -> None:
+    """A link is followed inside the given folders, and refused when it leads out of them."""
+    folder, other = tmp_path / "folder", tmp_path / "folder-of-another"
+    for path in (folder, other):
+        path.mkdir()
+        (path / "file").write_text(path.name)
+    (folder / "inside").symlink_to("file")
+    (folder / "outside").symlink_to(other / "file")
+    (folder / "linked").symlink_to(other)
+    assert read_file(folder / "inside", inside=[folder]) == b"folder"
+    assert read_file(folder / "outside", inside=[folder, other]) == b"folder-of-another"
+    for name in ("outside", "linked/file"):
+        with pytest.raises(IntegrityError, match="found a link to") as caught:
+            read_file(folder / name, inside=[folder])
+        assert caught.value.file == str(folder / name)
+
+
+def test_read_link_loop(tmp_path: Path) -> None:
+    """A link to itself is no file."""
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(IntegrityError, match="a link that leads nowhere"):
+        read_file(tmp_path / "loop", inside=[tmp_path])
+
+
+def test_read_pipe_socket_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no regular file is refused at once, without waiting for a writer."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)  # a socket's path may not be long
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        for name in ("pipe", "folder", "socket"):
+            with pytest.raises(IntegrityError, match="saved a file, found"):
+                read_file(tmp_path / name, inside=[tmp_path])
+
+
+def test_read_file_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that somebody writes to in place is not taken for a whole one."""
+    (tmp_path / "file").write_bytes(b"1234")
+    fstat = os.fstat
+
+    def then_grow(descriptor: int) -> os.stat_result:
+        status = fstat(descriptor)
+        with (tmp_path / "file").open("ab") as file:
+            file.write(b"5")
+        return status
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", then_grow)
+        with pytest.raises(IntegrityError, match="saved 4 bytes, found a file that is being"):
+            read_file(tmp_path / "file", inside=[tmp_path])
+
+
+def test_read_leaves_no_descriptor(tmp_path: Path) -> None:
+    """Descriptors are closed, whether the file is taken or refused."""
+    (tmp_path / "file").write_bytes(b"1234")
+    free = os.open(tmp_path, os.O_RDONLY)
+    os.close(free)
+    read_file(tmp_path / "file", inside=[tmp_path])
+    for name, limit in (("file", 1), (".", None)):
+        with pytest.raises(IntegrityError):
+            read_file(tmp_path / name, inside=[tmp_path], limit=limit)
+    now_free = os.open(tmp_path, os.O_RDONLY)
+    os.close(now_free)
+    assert now_free == free
+
+
+def test_tree(tmp_path: Path) -> None:
+    """A folder comes before what is in it; links to folders are not followed."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").touch()
+    (tmp_path / "link").symlink_to("a")
+    files, folders = tree(tmp_path)
+    assert {file.as_posix() for file in files} == {"a/b/file", "link"}
+    assert [folder.as_posix() for folder in folders] == ["a", "a/b"]
+    assert tree(tmp_path / "missing") == ([], [])
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_usual_mode(tmp_path: Path, umask: int) -> None:
+    """The mode of a new file is found without a trace."""
+    before = os.umask(umask)
+    try:
+        assert usual_mode(tmp_path, "probe") == 0o666 & ~umask
+    finally:
+        os.umask(before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_set_mode_without_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without modes, such as FAT, does not stop a save."""
+    path = tmp_path / "file"
+    path.touch(mode=0o600)
+    set_mode(path, 0o644)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    set_mode(path, 0o600)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize(("number", "is_error"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_sync_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, *, is_error: bool
+) -> None:
+    """A file system that cannot sync folders is put up with, a failing disk is not."""
+
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    if is_error:
+        with pytest.raises(OSError, match="Input/output error"):
+            sync_folder(tmp_path)
+    else:
+        sync_folder(tmp_path)
