@@ -16,12 +16,18 @@ from rich.table import Table
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep upstream's progress bars and warnings out of the output."""
+    verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        datasets.utils.logging.enable_progress_bar()
+        transformers.utils.logging.enable_progress_bar()
+        transformers.utils.logging.set_verbosity(verbosity)
 
 
 def table(comparisons: Sequence[Comparison]) -> Table:

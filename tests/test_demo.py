@@ -5,6 +5,8 @@ from __future__ import annotations
 import attrs
 import demo
 import pytest
+from _show import quiet, table
+from _tiny import tiny_checkpoint
 from rich.console import Console
 
 
@@ -12,8 +14,8 @@ from rich.console import Console
 def comparisons(tmp_path_factory):
     """What a run of the demo finds: two reloads with plain PEFT, two with peftstate."""
     work = tmp_path_factory.mktemp("demo")
-    with demo.quiet():
-        checkpoint = demo.tiny_checkpoint(work / "base")
+    with quiet():
+        checkpoint = tiny_checkpoint(work / "base")
         return demo.run(checkpoint, work / "adapter", 3, lambda _: None)
 
 
@@ -68,7 +70,7 @@ def test_table_shows_what_was_found(comparisons):
     """The printed table has a column for each reload and a row for each measurement."""
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(demo.table(comparisons))
+        console.print(table(comparisons))
     rows = [line.split("│")[1:-1] for line in capture.get().splitlines() if "│" in line]
     cells = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
 

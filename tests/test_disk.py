@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import stat
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from peftstate._disk import read_file, set_mode, sync_folder, tree, usual_mode
+from peftstate._disk import alone, read_file, set_mode, sync_folder, tree, usual_mode
 from peftstate.errors import IntegrityError
 
 
@@ -44,7 +47,7 @@ def test_read_link(tmp_path: Path) -> None:
     assert read_file(folder / "outside", inside=[folder, other]) == b"folder-of-another"
     for name in ("outside", "linked/file"):
         with pytest.raises(IntegrityError, match="found a link to") as caught:
-            read_file(folder / name, inside=[folder])
+            read_file(folder / name, inside=[folder, folder / "linked"])
         assert caught.value.file == str(folder / name)
 
 
@@ -150,3 +153,60 @@ def test_sync_folder(
             sync_folder(tmp_path)
     else:
         sync_folder(tmp_path)
+
+
+def test_alone(tmp_path: Path) -> None:
+    """Two bodies do not overlap, and the lock leaves no trace."""
+    order = []
+
+    def second() -> None:
+        with alone(tmp_path, seconds=60):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with alone(tmp_path, seconds=60):
+        thread.start()
+        thread.join(timeout=0.1)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+def test_alone_is_not_waited_for_long(tmp_path: Path, seconds: float) -> None:
+    """A body runs all the same when the lock is not to be had in time."""
+    with alone(tmp_path, seconds=60), alone(tmp_path, seconds=seconds):
+        pass
+
+
+def test_alone_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body runs at once on a disk that has no locks."""
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.EBADF, f"{descriptor} {operation}")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    start = time.monotonic()
+    with alone(tmp_path, seconds=60):
+        pass
+    assert time.monotonic() - start < 30
+
+
+def test_alone_ends_with_the_body(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock is given up after an error too, and though a forked child has the descriptor."""
+    copies = []
+    flock = fcntl.flock
+
+    def observed(descriptor: int, operation: int) -> None:
+        copies.append(os.dup(descriptor))  # a copy holds a lock as a child's descriptor does
+        flock(descriptor, operation)
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="of the body"):  # noqa: PT012
+        patch.setattr(fcntl, "flock", observed)
+        with alone(tmp_path, seconds=60):
+            raise ValueError("of the body")
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for opened in (descriptor, *copies):
+        os.close(opened)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from peftstate import _diff
+from peftstate._diff import ABSENT
 from peftstate._digest import file_digest
 from peftstate._folder import AdapterFolder, open_folder
 from peftstate._report import Report
@@ -104,6 +105,8 @@ def diff(saved: Manifest, found: Manifest) -> Report:
     mismatches = [
         mismatch
         for section in SECTIONS
-        for mismatch in _diff.diff(section.name, first[section.name], second[section.name])
+        for mismatch in _diff.diff(
+            section.name, first.get(section.name, ABSENT), second.get(section.name, ABSENT)
+        )
     ]
     return Report(tuple(mismatches), tuple(section.name for section in SECTIONS))

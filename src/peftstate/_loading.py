@@ -21,7 +21,7 @@ from peftstate._steps import (
     restore_sections,
 )
 from peftstate.manifest import Manifest
-from peftstate.sections import SECTIONS, adapters, dtype, rng
+from peftstate.sections import SECTIONS, _origin, adapters, dtype, rng
 from peftstate.sections._view import ModelView
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ def load_model(
     plan: Plan,
     inject: Inject,
     load: Load,
-) -> peft.PeftModel:
+) -> tuple[peft.PeftModel, _origin.Origin]:
     """Load the adapters of a folder onto a base model.
 
     Args:
@@ -51,6 +51,9 @@ def load_model(
         inject: How PEFT loads the first adapter.
         load: How PEFT loads a further one.
 
+    Returns:
+        The model, and what its base model's checkpoint gave of it.
+
     Raises:
         StateMismatchError: The base model does not fit, or something is not as saved afterwards.
         RestoreError: A section cannot be restored.
@@ -60,7 +63,7 @@ def load_model(
     check_base(bare, manifest, plan)
     own = source.own_adapter
 
-    def steps() -> peft.PeftModel:
+    def steps() -> tuple[peft.PeftModel, _origin.Origin]:
         prepare_base(bare, manifest, plan)
         with readable_by_peft(source, own) as folder:
             model = inject(folder, source.adapters[own].peft_config())
@@ -71,9 +74,9 @@ def load_model(
         set_tensors(view, source.adapters, manifest)
         restore_sections(view, manifest, plan)
         compare_restored(view, manifest, plan)
-        return model
+        return model, _origin.of_loaded(view, manifest.sections["base_model"])
 
-    restores_rng = rng.SECTION in plan.sections()
+    restores_rng = rng.SECTION in plan.sections(bare, manifest)
     return undone_on_failure(base, steps, keep_rng=not restores_rng)
 
 
@@ -118,7 +121,7 @@ def for_adapters(manifest: Manifest, names: Collection[str]) -> Manifest:
     narrowed = {
         section.name: manifest.sections[section.name].for_adapters(names)
         for section in SECTIONS
-        if section.per_adapter
+        if section.per_adapter and section.name in manifest.sections
     }
     return attrs.evolve(manifest, sections={**manifest.sections, **narrowed})
 

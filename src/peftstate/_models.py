@@ -25,6 +25,7 @@ from peftstate._steps import LOCK, Plan
 from peftstate._storage import MANIFEST_NAME
 from peftstate._warn import warn
 from peftstate.errors import ManifestNotFoundError, MissingManifestWarning, TrainModeWarning
+from peftstate.sections import _origin
 from peftstate.sections._view import ModelView
 
 if TYPE_CHECKING:
@@ -168,13 +169,14 @@ class PeftModel(peft.PeftModel):
         with LOCK:
             folder = _folder_with_manifest(model_id, hub, require_manifest=require_manifest)
             if folder is None:
-                return attach(peft_load(str(model_id), bool(is_trainable), config))
+                origin = _origin.observe(ModelView(model=model))
+                return _attach(peft_load(str(model_id), bool(is_trainable), config), origin)
             for name in hub:
                 del kwargs[name]
             source = read_source(folder, adapters)
             plan = _plan(policy, source, is_trainable=is_trainable)
             trainable = _is_trainable_in_peft(source, is_trainable=is_trainable)
-            loaded = load_model(
+            loaded, origin = load_model(
                 model,
                 source,
                 names=_live_names(source, adapter_name),
@@ -188,7 +190,7 @@ class PeftModel(peft.PeftModel):
                 "For inference call model.eval(), or load it with is_trainable=False.",
                 TrainModeWarning,
             )
-        return attach(loaded)
+        return _attach(loaded, origin)
 
     def load_adapter(
         self,
@@ -299,7 +301,8 @@ def attach(model: peft.PeftModel) -> PeftModel:
 
     Args:
         model: What `peft.get_peft_model` or a trainer made; it is changed in place. One that is
-            attached already is left alone. Attach before `torch.compile`, FSDP or DDP wrap it.
+            attached already is left alone. Attach before `torch.compile`, FSDP or DDP wrap it, and
+            before it is trained: a change of the base model is seen against what it was now.
 
     Returns:
         The same object, now of our class of the same name.
@@ -309,10 +312,16 @@ def attach(model: peft.PeftModel) -> PeftModel:
     """
     if isinstance(model, PeftModel):
         return model
+    return _attach(model, _origin.observe(ModelView.of(model)))
+
+
+def _attach(model: peft.PeftModel, origin: _origin.Origin) -> PeftModel:
+    """Give a model its class, and what was seen of its base before it was trained."""
     if type(model) not in _CLASSES:
         known = ", ".join(cls.__name__ for cls in _CLASSES)
         raise TypeError(f"cannot attach to a {type(model).__name__}; it must be one of PEFT's {known}")
     model.__class__ = _CLASSES[type(model)]
+    _origin.keep(model, origin)
     assert isinstance(model, PeftModel)
     return model
 
@@ -329,8 +338,9 @@ def get_peft_model(model: torch.nn.Module, peft_config: PeftConfig, *args: Any, 
     Returns:
         The wrapped model; with ``mixed=True`` PEFT's own `PeftMixedModel`, which PEFT cannot save.
     """
+    origin = _origin.observe(ModelView(model=model))
     wrapped = peft.get_peft_model(model, peft_config, *args, **kwargs)
-    return wrapped if isinstance(wrapped, PeftMixedModel) else attach(wrapped)
+    return wrapped if isinstance(wrapped, PeftMixedModel) else _attach(wrapped, origin)
 
 
 _NOT_AN_ADAPTERS = frozenset(

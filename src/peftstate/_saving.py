@@ -24,7 +24,7 @@ from peftstate._storage import (
 from peftstate._weights import parse_weights
 from peftstate.errors import PeftStateError, SaveError
 from peftstate.manifest import FileRecord, Manifest
-from peftstate.sections import SECTIONS, adapters, base_model
+from peftstate.sections import SECTIONS, adapters
 from peftstate.sections._tensors import sidecar_tensors, tensor_records
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ README_NAME = "README.md"
 def capture_sections(view: ModelView) -> dict[str, Any]:
     """The record of every section; the random generators first, before anything could draw."""
     ordered = sorted(SECTIONS, key=lambda section: section.name != "rng")
-    return {section.name: section.capture(view) for section in ordered}
+    return {
+        section.name: section.capture(view) for section in ordered if section.applies_to(view)
+    }
 
 
 def save(view: ModelView, directory: Path, write: WriteAdapter) -> Manifest:
@@ -100,6 +102,7 @@ def _for_folder(records: Mapping[str, Any], view: ModelView) -> dict[str, Any]:
     return {
         section.name: section.capture(view) if section.per_adapter else records[section.name]
         for section in SECTIONS
+        if section.name in records
     }
 
 
@@ -122,7 +125,9 @@ def _write_state(records: dict[str, Any], view: ModelView, folder: Path) -> Mani
         subfolder = folder / record.folder
         written[name], found = _describe_written(record, subfolder)
         files |= {_in_folder(record.folder, file): value for file, value in found.items()}
-    records["base_model"] = _shadow_embeddings(records["base_model"], written, view)
+    embeddings = _saved_embeddings(written, view)
+    records["base_model"] = records["base_model"].with_shadowed(embeddings)
+    records["extra_tensors"] = records["extra_tensors"].without(embeddings)
     records["adapters"] = attrs.evolve(records["adapters"], adapters=written)
     tensors = {tensor.tensor: tensor for tensor in sidecar_tensors(records)}
     if tensors:
@@ -156,19 +161,14 @@ def _describe_written(
     return described, {weights: FileRecord(size=len(data), sha256=file_digest(data))}
 
 
-def _shadow_embeddings(
-    record: base_model.BaseModelRecord,
-    written: Mapping[str, adapters.AdapterRecord],
-    view: ModelView,
-) -> base_model.BaseModelRecord:
-    """Mark the tensors of the base model that PEFT wrote into an adapter's file."""
+def _saved_embeddings(written: Mapping[str, adapters.AdapterRecord], view: ModelView) -> set[str]:
+    """The names of the base model's tensors that PEFT wrote into an adapter's file."""
     saved_too = {id(tensor) for tensor in _embeddings(view.model, written, view)}
-    names = {
+    return {
         site.name
         for site in view.tensors()
         if site.part == "base" and id(site.tensor) in saved_too
     }
-    return attrs.evolve(record, shadowed=tuple(sorted({*record.shadowed, *names})))
 
 
 def _embeddings(

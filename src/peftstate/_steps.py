@@ -37,12 +37,15 @@ class Plan:
     policy: Policy
     skipped: frozenset[str] = frozenset()
 
-    def sections(self) -> tuple[Section[Any], ...]:
+    def sections(self, view: ModelView, manifest: Manifest) -> tuple[Section[Any], ...]:
         """The sections that are handled, in order."""
         return tuple(
             section
             for section in SECTIONS
-            if section.name not in self.skipped and self.policy.handles(section.name)
+            if section.name in manifest.sections
+            and section.name not in self.skipped
+            and self.policy.handles(section.name)
+            and section.applies_to(view)
         )
 
 
@@ -54,7 +57,7 @@ def check_base(view: ModelView, manifest: Manifest, plan: Plan) -> None:
     Raises:
         StateMismatchError: It is another one, or quantized in another way.
     """
-    for section in plan.sections():
+    for section in plan.sections(view, manifest):
         if section.checked_on_base:
             mismatches = tuple(
                 mismatch
@@ -77,7 +80,7 @@ def _compare(
 
 def prepare_base(view: ModelView, manifest: Manifest, plan: Plan) -> None:
     """Bring the bare base model into the saved state."""
-    for section in plan.sections():
+    for section in plan.sections(view, manifest):
         if section.prepare is not None:
             with _restoring(section):
                 section.prepare(manifest.sections[section.name], view)
@@ -85,7 +88,7 @@ def prepare_base(view: ModelView, manifest: Manifest, plan: Plan) -> None:
 
 def restore_sections(view: ModelView, manifest: Manifest, plan: Plan) -> None:
     """Bring the wrapped model into the saved state."""
-    for section in plan.sections():
+    for section in plan.sections(view, manifest):
         if section.restore is not None:
             with _restoring(section):
                 section.restore(manifest.sections[section.name], view)
@@ -120,7 +123,7 @@ def compare(
     capture: Callable[[Section[Any]], Callable[[ModelView, Any], Any]],
 ) -> Report:
     """Compare the sections of a plan."""
-    sections = plan.sections()
+    sections = plan.sections(view, manifest)
     mismatches = [
         mismatch
         for section in sections

@@ -124,11 +124,14 @@ def _decode_sections(value: Json) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DecodeError("expected an object", field="sections")
     names = {section.name for section in SECTIONS}
-    for key in sorted(names ^ value.keys()):
+    optional = {section.name for section in SECTIONS if section.is_optional}
+    for key in sorted((names ^ value.keys()) - optional):
         message = "is missing" if key in names else "unknown section"
         raise DecodeError(message, field=f"sections.{step(key)}")
     records = {}
     for section in SECTIONS:
+        if section.name not in value:
+            continue
         try:
             records[section.name] = section.decode(value[section.name])
         except DecodeError as error:

@@ -7,6 +7,7 @@ import os
 import attrs
 import demo
 import pytest
+from _show import quiet
 from gemma import gemma_checkpoint
 from trl import SFTTrainer
 
@@ -20,9 +21,9 @@ class Trained:
 
 
 @pytest.fixture(autouse=True)
-def quiet():
-    """Let upstream warn: these tests are about what comes back."""
-    with demo.quiet():
+def let_upstream_warn():
+    """These tests are about what comes back, not about what upstream deprecates."""
+    with quiet():
         yield
 
 
@@ -30,7 +31,7 @@ def quiet():
 def checkpoint(request):
     """A checkpoint of Gemma 3 270M, made once: in `$PEFTSTATE_GEMMA` or the cache of pytest."""
     kept = os.environ.get("PEFTSTATE_GEMMA") or request.config.cache.mkdir("gemma") / "checkpoint"
-    with demo.quiet():
+    with quiet():
         return str(gemma_checkpoint(kept))
 
 
@@ -38,7 +39,7 @@ def checkpoint(request):
 def trained(checkpoint, tmp_path_factory):
     """The flow of peft#1649: nf4 with double quantization, `SFTTrainer`, `save_model`."""
     output = tmp_path_factory.mktemp("gemma") / "adapter"
-    with demo.quiet():
+    with quiet():
         trainer = demo.train(checkpoint, output, steps=3)
         demo.set_generation(trainer.model)
         return Trained(trainer=trainer, saved=demo.save(trainer, checkpoint, output))
@@ -51,5 +52,5 @@ def trained(checkpoint, tmp_path_factory):
 )
 def comparison(request, trained):
     """A reload with peftstate, compared with the model that was saved."""
-    with demo.quiet():
+    with quiet():
         return demo.reload(request.param, trained.saved)

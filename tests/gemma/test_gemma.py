@@ -7,7 +7,7 @@ import demo
 import peft
 import pytest
 import torch
-from _measure import Answer
+from _measure import Answer, State
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peftstate
@@ -39,7 +39,7 @@ def test_sampled_text_is_the_same(comparison):
     assert comparison.same_text
 
 
-@pytest.mark.parametrize("state", [field.name for field in attrs.fields(demo.State)])
+@pytest.mark.parametrize("state", [field.name for field in attrs.fields(State)])
 def test_state_is_kept(comparison, state):
     """A reload brings back the next random numbers, the generation config and all other state."""
     assert comparison.kept[state]

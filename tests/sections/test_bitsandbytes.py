@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 from typing import Any
@@ -33,14 +32,13 @@ def linear_4bit(
     dtype: torch.dtype = torch.bfloat16,
     quant_type: str = "nf4",
     storage: torch.dtype = torch.uint8,
-    bias: bool = False,
 ) -> Any:
     """A quantized 4-bit layer; equal arguments give equal layers."""
     torch.manual_seed(0)
     layer = bnb.Linear4bit(
         COLUMNS,
         ROWS,
-        bias=bias,
+        bias=False,
         compute_dtype=torch.bfloat16,
         compress_statistics=nested,
         quant_type=quant_type,
@@ -321,28 +319,6 @@ def test_a_shape_that_bitsandbytes_does_not_pack_stays_fresh():
     assert not forms.can_compute(layer, forms.PACKED)
 
 
-def test_snapshot_puts_back_what_running_changed(arguments):
-    """A load that fails leaves the caller's base model as it was."""
-    layer = linear_4bit(**arguments)
-    layer.compute_dtype, layer.compute_type_is_set = None, False
-    put_back = _bitsandbytes.snapshot(layer)
-    run(layer)
-    go_around(layer, FORMS[-1])
-    put_back()
-    assert same_weight(layer, linear_4bit(**arguments))
-    assert layer.compute_dtype is None
-    assert layer.compute_type_is_set is False
-
-
-@pytest.mark.parametrize("module", [nn.Linear(2, 2), linear_8bit(), bnb.Linear4bit(64, 64)])
-def test_snapshot_of_a_layer_without_forms_changes_nothing(module):
-    """So it may be taken of every module."""
-    before = copy.copy(module.__dict__)
-    _bitsandbytes.snapshot(module)()
-    assert module.__dict__.keys() == before.keys()
-    assert module.weight is before["_parameters"]["weight"]
-
-
 # Settings and state
 
 
@@ -383,7 +359,6 @@ def test_other_modules_have_neither_settings_nor_state():
     assert _bitsandbytes.kind_of(module) is None
     assert _bitsandbytes.settings_of(module) is None
     assert _bitsandbytes.state_of(module) is None
-    assert _bitsandbytes.bias_dtype(module) is None
 
 
 @pytest.mark.parametrize(
@@ -407,14 +382,3 @@ def test_only_known_names_are_set_as_compute_dtype(name):
     state = LayerState(compute_dtype=name, compute_dtype_is_set=False, form="fresh")
     _bitsandbytes.set_compute_dtype(layer, state)
     assert layer.compute_dtype == torch.bfloat16
-
-
-def test_bias_dtype_is_what_a_forward_casts_the_bias_to():
-    """So a bias can be digested in it before and after."""
-    layer = linear_4bit(bias=True)
-    assert layer.bias.dtype == torch.float32
-    expected = layer.bias.detach().to(_bitsandbytes.bias_dtype(layer))
-    run(layer)
-    assert layer.bias.dtype == _bitsandbytes.bias_dtype(layer)
-    assert torch.equal(layer.bias, expected)
-    assert _bitsandbytes.bias_dtype(linear_8bit()) is None

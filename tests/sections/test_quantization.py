@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 from typing import Any
 
 import attrs
+import bitsandbytes.functional
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from peftstate import _codec
 from peftstate.errors import QuantizationMismatchError, StateMismatchWarning
 from peftstate.sections import _bitsandbytes_forms as forms
 from peftstate.sections import quantization
@@ -29,6 +28,9 @@ NF4 = {
     "bnb_4bit_compute_dtype": torch.bfloat16,
 }
 INT8 = {"load_in_8bit": True}
+CAN_PACK = hasattr(bitsandbytes.functional, "_convert_weight_packed_for_cpu")
+FORMS = [forms.FRESH, forms.PACKED, forms.UNPACKED] if CAN_PACK else [forms.FRESH]
+"""The forms that this bitsandbytes has; whether running a layer changes its depends on the CPU."""
 INPUTS = torch.arange(12).reshape(2, 6)
 
 
@@ -95,9 +97,15 @@ def logits(model: Any) -> torch.Tensor:
     return output
 
 
-def linears(model: Any) -> dict[str, nn.Module]:
+def linears(model: Any) -> list[Any]:
     """The 4-bit layers of a model."""
-    return {name: module for name, module in model.named_modules() if forms.is_linear(module)}
+    return [module for module in model.modules() if forms.is_linear(module)]
+
+
+def convert(model: Any, form: str, cycles: int = 1) -> None:
+    """Bring the layers of a fresh model into a form, on any CPU."""
+    for module in linears(model):
+        forms.convert(module, form, cycles=cycles)
 
 
 def use(model: Any, form: str) -> None:
@@ -355,16 +363,160 @@ def test_layers_that_went_around_several_times_are_restored(load, rounds, nested
     assert torch.equal(logits(loaded.eval()), expected[1])
 
 
-def can_pack(model: Any) -> bool:
-    """Whether running the model packs it."""
-    return all(forms.can_hold(module, forms.PACKED) for module in linears(model).values())
-
-
 def test_forms_are_recorded_as_running_makes_them(load):
     """Where the CPU packs, the record says so; elsewhere a layer stays fresh."""
     model = load(**NF4)
+    packs = all(forms.can_hold(module, forms.PACKED) for module in linears(model))
     use(model, forms.PACKED)
     record = capture(model)
     assert record.state.default is not None
-    assert record.state.default.form == (forms.PACKED if can_pack(model) else forms.FRESH)
-    assert (record.scales is not None) == can_pack(model)
+    assert record.state.default.form == (forms.PACKED if packs else forms.FRESH)
+    assert (record.scales is not None) == packs
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_that_was_not_restored_shows(load, form):
+    """The layers of the fresh base model hold other values than the saved ones."""
+    model = load(**NF4)
+    convert(model, form)
+    lines = compare(capture(model), load(**NF4).train())
+    assert [line.split(":")[0] for line in lines] == (
+        ["quantization.scales", "quantization.state.default.form"] if form != forms.FRESH else []
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_base_model_that_has_run_is_as_good_as_a_fresh_one(load, form):
+    """In eval mode the first forward packs it anyway; in train mode it makes a difference."""
+    record, base = capture(load(**NF4)), load(**NF4)
+    convert(base, form)
+    prepare(record, base)
+    assert (compare(record, base.eval()) == []) == (form != forms.UNPACKED)
+    assert (compare(record, base.train()) == []) == (form == forms.FRESH)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_base_model_that_has_run_is_brought_into_the_saved_form(load, form):
+    """Packed layers can be unpacked as the saved ones were."""
+    model, base = load(**NF4), load(**NF4)
+    convert(model, form)
+    convert(base, FORMS[:2][-1])
+    record = capture(model)
+    prepare(record, base)
+    assert compare(record, base.eval()) == []
+
+
+def test_a_base_model_that_cannot_be_converted_is_left_as_it_is(load):
+    """No number of rounds gives the saved scales, so the comparison has to tell."""
+    model, base = load(**NF4), load(**NF4)
+    convert(model, FORMS[-1])
+    record = attrs.evolve(capture(model), scales="00")
+    before = capture(base)
+    prepare(record, base)
+    assert capture(base) == before
+    assert any("quantization.scales" in line for line in compare(record, base))
+
+
+def without_packing(model: Any) -> Any:
+    """The model as on a CPU that does not pack."""
+    for module in linears(model):
+        module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def test_a_packed_model_is_loaded_where_nothing_packs(load):
+    """On a GPU the layers stay fresh: a warning, not an error."""
+    saved = capture(load(**NF4))
+    assert saved.state.default is not None
+    packed = attrs.evolve(saved.state, default=attrs.evolve(saved.state.default, form=forms.PACKED))
+    record = attrs.evolve(saved, state=packed, scales="00")
+    base = without_packing(load(**NF4))
+    with pytest.warns(StateMismatchWarning, match="AVX512-BF16"):
+        prepare(record, base)
+    assert capture(base) == saved
+    assert compare(record, base) == []
+
+
+@pytest.mark.parametrize("form", FORMS[1:] or FORMS)
+@pytest.mark.filterwarnings("ignore::peftstate.errors.StateMismatchWarning")
+def test_changed_values_are_restored_where_nothing_packs(load, form):
+    """What unpacking did to the values any device can hold."""
+    model, expected = load(**NF4), load(**NF4)
+    convert(model, form, cycles=2)
+    convert(expected, FORMS[-1], cycles=1 if form == forms.PACKED else 2)
+    record = capture(model)
+    base = without_packing(load(**NF4))
+    prepare(record, base)
+    assert capture(base) == capture(expected)
+
+
+def test_compute_dtype_is_restored(load):
+    """It may have been set by hand, or by the first input."""
+    model, base = load(**NF4), load(**NF4)
+    for module in linears(model):
+        module.compute_dtype, module.compute_type_is_set = torch.float32, False
+    record = capture(model)
+    assert compare(record, base) == [
+        "quantization.state.default.compute_dtype: saved 'float32', found 'bfloat16'",
+        "quantization.state.default.compute_dtype_is_set: saved False, found True",
+    ]
+    prepare(record, base)
+    assert compare(record, base) == []
+
+
+@pytest.mark.parametrize("keywords", [{}, INT8])
+def test_what_cannot_be_restored_is_left_to_the_comparison(load, keywords):
+    """On another quantization nothing is set."""
+    base = load(**keywords)
+    before = capture(base)
+    prepare(capture(load(**NF4)), base)
+    assert capture(base) == before
+
+
+def test_restored_fields_are_fields():
+    """They are named for the check that is made before the base model is touched."""
+    assert SECTION.checked_on_base
+    assert SECTION.restored <= {field.name for field in attrs.fields(QuantizationRecord)}
+
+
+# What a base model is rebuilt with
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {},
+        NF4,
+        INT8 | {"llm_int8_threshold": 3.0},
+        {"load_in_4bit": True, "llm_int8_skip_modules": ["lm_head", "up_proj"]},
+        NF4 | {"bnb_4bit_quant_storage": torch.bfloat16},
+    ],
+)
+def test_the_base_model_is_rebuilt_as_it_was_quantized(load, checkpoint, keywords):
+    """What is handed to `from_pretrained` gives the same layers."""
+    record = capture(load(**keywords))
+    arguments = quantization.quantization_kwargs(record)
+    assert set(arguments) == ({"quantization_config"} if keywords else set())
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, **arguments)
+    assert capture(base) == record
+
+
+def test_a_prequantized_checkpoint_brings_its_own_config(load):
+    """Another one would be ignored or refused by transformers."""
+    record = attrs.evolve(capture(load(**NF4)), pre_quantized=True)
+    assert quantization.quantization_kwargs(record) == {}
+
+
+@pytest.mark.parametrize("method", ["hqq", "torchao"])
+def test_other_methods_are_not_rebuilt(load, method):
+    """Their configs would have to be made from what a manifest says; the caller has to."""
+    record = attrs.evolve(capture(load()), method=method, config={"quant_method": method})
+    with pytest.raises(ValueError, match=f"'{method}'.*pass quantization_config="):
+        quantization.quantization_kwargs(record)
+
+
+def test_layers_that_were_replaced_by_hand_are_not_rebuilt(load):
+    """Nothing says how."""
+    record = attrs.evolve(capture(load(**NF4)), config=None)
+    with pytest.raises(ValueError, match="pass quantization_config="):
+        quantization.quantization_kwargs(record)

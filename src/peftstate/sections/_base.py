@@ -47,6 +47,8 @@ class Section(Generic[R]):
             touched.
         per_adapter: Whether the record depends on which adapters are looked at, so that the
             folder of an extra adapter has another one. Such a record has a method `for_adapters`.
+        is_captured: Whether there is anything to capture; a section that has this is in a manifest
+            only where it says so.
         error: What a difference raises.
     """
 
@@ -64,7 +66,17 @@ class Section(Generic[R]):
     restored: frozenset[str] = frozenset()
     checked_on_base: bool = False
     per_adapter: bool = False
+    is_captured: Callable[[ModelView], bool] | None = None
     error: type[StateMismatchError]
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether a manifest may lack the section."""
+        return self.is_captured is not None
+
+    def applies_to(self, view: ModelView) -> bool:
+        """Whether there is anything of this kind in what is looked at."""
+        return self.is_captured is None or self.is_captured(view)
 
     def encode(self, record: R) -> dict[str, Json]:
         """A record as JSON."""

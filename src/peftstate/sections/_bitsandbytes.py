@@ -10,9 +10,7 @@ holds none.
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -103,9 +101,9 @@ def _settings_4bit(kind: str, layer: Any) -> LayerSettings:
     if state is None:  # not quantized yet, so the weight says how it will be
         return LayerSettings(
             kind=kind,
-            quant_type=layer.weight.quant_type,
-            blocksize=layer.weight.blocksize,
-            double_quant=bool(layer.weight.compress_statistics),
+            quant_type=getattr(layer.weight, "quant_type", None),
+            blocksize=getattr(layer.weight, "blocksize", None),
+            double_quant=bool(getattr(layer.weight, "compress_statistics", False)),
         )
     packed = forms.form_of_state(state) == forms.PACKED
     return LayerSettings(
@@ -138,38 +136,6 @@ def set_compute_dtype(module: nn.Module, state: LayerState) -> None:
         layer.compute_type_is_set = state.compute_dtype_is_set
 
 
-def bias_dtype(module: nn.Module) -> torch.dtype | None:
-    """The dtype that a layer's forward casts its bias to, for good; `None` if that is not known.
-
-    An 8-bit layer casts its bias too, to the dtype of whatever comes in.
-    """
-    if not forms.is_linear(module):
-        return None
-    dtype: torch.dtype | None = _attributes(module).compute_dtype
-    return dtype
-
-
-def snapshot(module: nn.Module) -> Callable[[], None]:
-    """Remember a layer's form and compute dtype.
-
-    Returns:
-        What puts them back, also after the layer has run. It keeps the old weight alive.
-    """
-    state = state_of(module)
-    is_quantized = forms.is_linear(module) and forms.quant_state(module) is not None
-    weight = forms.weight_of(module) if is_quantized else None
-    if weight is not None:  # packing replaces the attributes of the live one
-        weight = attrs.evolve(weight, state=copy.copy(weight.state))
-
-    def put_back() -> None:
-        if state is not None:
-            set_compute_dtype(module, state)
-        if weight is not None:
-            forms.assign(module, weight)
-
-    return put_back
-
-
 def canonical_tensors(
     module: nn.Module, *, form: str | None = None, cycles: int = 1
 ) -> dict[str, torch.Tensor] | None:
@@ -188,7 +154,8 @@ def canonical_tensors(
     Returns:
         The tensors by name; `None` if the module is no layer of bitsandbytes, or one that keeps
         its weight in 16 bit; empty if the weight cannot be read now (not yet quantized, on the
-        meta device, sharded). A bias is not among them.
+        meta device, sharded). A bias is not among them: a forward casts it, for good, so it is
+        to be compared in the dtype that it was saved in.
     """
     kind, layer = kind_of(module), _attributes(module)
     if kind is None:
@@ -230,11 +197,12 @@ def _canonical_8bit(layer: Any) -> dict[str, torch.Tensor] | None:
     """The weight and the scales of an 8-bit layer, wherever they are."""
     import torch
 
-    if layer.weight.has_fp16_weights:
+    if getattr(layer.weight, "has_fp16_weights", False):
         return None
     state = getattr(layer, "state", None)  # an embedding has none
-    data = layer.weight.data if state is None or state.CB is None else state.CB
-    scale = layer.weight.SCB if state is None or state.SCB is None else state.SCB
+    data, scale = getattr(state, "CB", None), getattr(state, "SCB", None)
+    if data is None or scale is None:  # it has not run yet
+        data, scale = layer.weight.data, getattr(layer.weight, "SCB", None)
     if data.dtype != torch.int8 or scale is None or not (is_readable(data) and is_readable(scale)):
         return {}
     return {"weight": data, "weight.SCB": scale}

@@ -116,7 +116,7 @@ def bitsandbytes_config(fields: Mapping[str, Json]) -> BitsAndBytesConfig:
 
     arguments: dict[str, Any] = {}
     for name, value in fields.items():
-        if name == "quant_method":
+        if (name, value) == ("quant_method", "bitsandbytes"):
             continue
         if name not in BITSANDBYTES_FIELDS or not BITSANDBYTES_FIELDS[name](value):
             raise ValueError(

@@ -12,6 +12,8 @@ from peftstate.sections import _walk
 if TYPE_CHECKING:
     from torch import nn
 
+    from peftstate.sections._tensors import TensorRecord
+
 
 @attrs.frozen(kw_only=True)
 class ModelView:
@@ -22,12 +24,15 @@ class ModelView:
         adapters: The adapters, in order: name in the manifest → name in the model.
         folders: The folder of each adapter, relative to the manifest's; ``"."`` is its own.
         fingerprint: What digests of the base model cover: ``"full"``, ``"sampled"`` or ``"off"``.
+        memo: Records of the base model's tensors that were made already. A view, and those made
+            from it, are for one moment: the model must not change meanwhile.
     """
 
     model: nn.Module
     adapters: Mapping[str, str] = attrs.field(factory=dict)
     folders: Mapping[str, str] = attrs.field(factory=dict)
     fingerprint: str = "full"
+    memo: dict[str, TensorRecord] = attrs.field(factory=dict, eq=False, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module, *, fingerprint: str = "full") -> ModelView:

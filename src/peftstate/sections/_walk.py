@@ -34,6 +34,7 @@ class Site:
         module: The module.
         shadowed: Whether a trained copy stands in for it (PEFT's `modules_to_save`).
         merged: Whether an adapter is merged into its tensors.
+        adapted: Whether a layer of PEFT is around it.
     """
 
     part: Part
@@ -42,6 +43,7 @@ class Site:
     module: nn.Module
     shadowed: bool = False
     merged: bool = False
+    adapted: bool = False
 
 
 @attrs.frozen
@@ -58,6 +60,7 @@ class TensorSite:
         persistent: Whether a checkpoint holds it.
         shadowed: Whether a trained copy stands in for it.
         merged: Whether an adapter is merged into it.
+        adapted: Whether a layer of PEFT is around the module.
     """
 
     part: Part
@@ -69,6 +72,7 @@ class TensorSite:
     persistent: bool
     shadowed: bool = False
     merged: bool = False
+    adapted: bool = False
 
     def replace(self, tensor: torch.Tensor) -> None:
         """Put other data, which may have another dtype, in the tensor's place."""
@@ -129,6 +133,7 @@ def _tensors_of(site: Site, adapters: frozenset[str]) -> Iterator[TensorSite]:
             persistent=leaf not in module._non_persistent_buffers_set,
             shadowed=site.shadowed,
             merged=site.merged,
+            adapted=site.adapted,
         )
 
 
@@ -166,6 +171,7 @@ class _Over:
 
     shadowed: bool
     merged: bool
+    adapted: bool
 
     def and_by(self, layer: nn.Module) -> _Over:
         """The same with one more layer around it."""
@@ -173,10 +179,10 @@ class _Over:
 
         copied = isinstance(layer, ModulesToSaveWrapper)
         merged = not copied and bool(getattr(layer, "merged_adapters", ()))
-        return _Over(self.shadowed or copied, self.merged or merged)
+        return _Over(self.shadowed or copied, self.merged or merged, adapted=True)
 
 
-_NOTHING = _Over(shadowed=False, merged=False)
+_NOTHING = _Over(shadowed=False, merged=False, adapted=False)
 
 
 class _Walk:
@@ -212,7 +218,7 @@ class _Walk:
         if original is not None:
             yield from self._walk_layer(module, name, live, original, over)
             return
-        yield Site("base", None, name, module, over.shadowed, over.merged)
+        yield Site("base", None, name, module, **attrs.asdict(over))
         for key, child in module._modules.items():
             if child is not None:
                 yield from self._walk_base(child, _join(name, key), _join(live, key), over)

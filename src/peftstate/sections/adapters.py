@@ -144,7 +144,7 @@ def canonical_fields(config: Mapping[str, Any]) -> dict[str, Json]:
     """The fields of a PEFT config that say what the adapter is, from memory or from its file."""
     fields: dict[str, Json] = json.loads(json.dumps(dict(config), default=_jsonable))
     return {
-        key: sorted(value) if key in _SETS and isinstance(value, list) else value
+        key: sorted(set(value)) if key in _SETS and isinstance(value, list) else value
         for key, value in fields.items()
         if key not in NOT_IN_CONFIG
     }

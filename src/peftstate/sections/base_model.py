@@ -8,7 +8,7 @@ change the digests, loading it in another dtype does not either, where nothing w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,10 @@ import attrs
 
 from peftstate._diff import Json
 from peftstate.errors import BaseModelMismatchError
-from peftstate.sections import _bitsandbytes
+from peftstate.sections import _origin
 from peftstate.sections._base import Section
-from peftstate.sections._tensors import TensorRecord, in_threads, is_readable, tensor_record
+from peftstate.sections._base_tensors import base_tensors, embedding_weight, records
+from peftstate.sections._tensors import TensorRecord, in_threads, tensor_record
 from peftstate.sections._walk import is_peft_model
 
 if TYPE_CHECKING:
@@ -72,8 +73,8 @@ class BaseModelRecord:
         tied_embeddings: Whether input and output embeddings are one tensor.
         fingerprint: What the digests cover: ``"full"``, ``"sampled"`` or ``"off"``.
         tensors: The tensors that checkpoints hold, 4-bit and 8-bit weights in canonical form.
-        changed: Names of tensors that are not as the checkpoint gave them and are put back by a
-            load (an adapter is merged into them), so that they are compared afterwards.
+        changed: Names of tensors that are not as the checkpoint gave them. A load puts them back
+            (from the sidecar, or by merging an adapter again) and compares them afterwards.
         shadowed: Names of tensors for which the adapter has a trained copy, which stands in for
             them, so that they need not be the same.
     """
@@ -90,17 +91,29 @@ class BaseModelRecord:
     changed: tuple[str, ...]
     shadowed: tuple[str, ...]
 
+    def with_shadowed(self, names: Collection[str]) -> BaseModelRecord:
+        """The record, after more tensors turned out to be saved with an adapter."""
+        tensors = {
+            name: attrs.evolve(tensor, digest=None) if name in names else tensor
+            for name, tensor in self.tensors.items()
+        }
+        return attrs.evolve(
+            self,
+            tensors=tensors,
+            changed=tuple(sorted(set(self.changed) - set(names))),
+            shadowed=tuple(sorted({*self.shadowed, *names})),
+        )
+
 
 def capture(view: ModelView) -> BaseModelRecord:
     """Read the config, and digest every tensor of the base model."""
-    tensors = view.tensors()
-    return _capture(
+    tensors = base_tensors(view)
+    return _describe(
         view,
         fingerprint=view.fingerprint,
-        changed={site.name for site in tensors if site.part == "base" and site.merged},
-        shadowed={site.name for site in tensors if site.part == "base" and site.shadowed},
-        like={},
-        skipped=frozenset(),
+        tensors=records(view, tensors),
+        changed=_origin.changed(view),
+        shadowed={name for name, base in tensors.items() if base.shadowed},
     )
 
 
@@ -109,8 +122,16 @@ def capture_like(view: ModelView, record: BaseModelRecord) -> BaseModelRecord:
 
     On a bare base model, what a load will yet change is left out.
     """
-    bare = not is_peft_model(view.model)
-    return _capture_again(view, record, skipped=frozenset(record.changed if bare else ()))
+    skipped = _put_back(view, record) if not is_peft_model(view.model) else set()
+    return _capture_again(view, record, skipped=frozenset(skipped))
+
+
+def _put_back(view: ModelView, record: BaseModelRecord) -> set[str]:
+    """The names of the tensors that a load changes, and of embeddings that it resizes."""
+    embeddings = [embedding_weight(view.base, "input"), embedding_weight(view.base, "output")]
+    found = base_tensors(view).items()
+    resized = {name for name, base in found if any(base.tensor is item for item in embeddings)}
+    return {*record.changed, *(resized & set(record.shadowed))}
 
 
 def capture_restored(view: ModelView, record: BaseModelRecord) -> BaseModelRecord:
@@ -126,14 +147,31 @@ def _capture_again(
 
     What says where the model came from is no evidence of what it is, so it is taken over from the
     record. So are fields of the config that only one of two transformers versions knows.
+
+    Args:
+        view: The model.
+        record: The other record, over whose dtypes the tensors are digested.
+        skipped: Names of tensors that are taken over from it, if they are there.
     """
-    found = _capture(
+    tensors = base_tensors(view)
+
+    def describe(name: str) -> TensorRecord:
+        saved = record.tensors.get(name)
+        if saved is not None and name in skipped:
+            return saved
+        return tensor_record(
+            tensors[name].tensor,
+            saved.dtype if saved is not None else None,
+            sampled=record.fingerprint == "sampled",
+            read=saved is not None and saved.digest is not None,
+        )
+
+    found = _describe(
         view,
         fingerprint=record.fingerprint,
-        changed=set(record.changed),
-        shadowed=set(record.shadowed),
-        like=record.tensors,
-        skipped=skipped,
+        tensors=dict(zip(tensors, in_threads(tensors, describe), strict=True)),
+        changed=record.changed,
+        shadowed=record.shadowed,
     )
     return attrs.evolve(
         found,
@@ -145,44 +183,19 @@ def _capture_again(
     )
 
 
-def _capture(
+def _describe(
     view: ModelView,
     *,
     fingerprint: str,
-    changed: set[str],
-    shadowed: set[str],
-    like: Mapping[str, TensorRecord],
-    skipped: frozenset[str],
+    tensors: Mapping[str, TensorRecord],
+    changed: Collection[str],
+    shadowed: Collection[str],
 ) -> BaseModelRecord:
-    """Capture the base model.
-
-    Args:
-        view: The model.
-        fingerprint: What the digests cover.
-        changed: Names of the tensors that are not as the checkpoint gave them.
-        shadowed: Names of the tensors that need no digest.
-        like: Records of the same tensors, over whose dtypes they are digested.
-        skipped: Names of tensors whose record is taken over from `like`, if they are there.
-    """
+    """The record of a base model, whose tensors were looked at already."""
     base = view.base
     config = getattr(base, "config", None)
     name = getattr(config, "_name_or_path", None) or None
     revision = _revision(view)
-    tensors = dict(_tensors(view))
-
-    def describe(name: str) -> TensorRecord:
-        saved = like.get(name)
-        if saved is not None and name in skipped:
-            return saved
-        return tensor_record(
-            tensors[name],
-            saved.dtype if saved is not None else None,
-            sampled=fingerprint == "sampled",
-            read=fingerprint != "off"
-            and name not in shadowed
-            and (saved is None or saved.digest is not None),
-        )
-
     return BaseModelRecord(
         model_class=type(base).__name__,
         name=_portable(name),
@@ -192,39 +205,10 @@ def _capture(
         load_dtype=_load_dtype(config),
         tied_embeddings=_tied(base),
         fingerprint=fingerprint,
-        tensors=dict(zip(tensors, in_threads(tensors, describe), strict=True)),
+        tensors=tensors,
         changed=tuple(sorted(changed)),
         shadowed=tuple(sorted(shadowed)),
     )
-
-
-def _tensors(view: ModelView) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that a checkpoint of the base model holds.
-
-    Quantized weights come in their canonical form, and tensors that are made of others (torchao's)
-    as those others.
-    """
-    canonical: dict[int, Mapping[str, torch.Tensor]] = {}
-    for name, module in view.base_modules():
-        tensors = _bitsandbytes.canonical_tensors(module)
-        if tensors is not None:
-            canonical[id(module)] = tensors
-            yield from ((f"{name}.{key}", value) for key, value in tensors.items())
-    for site in view.tensors():
-        if site.part != "base" or not site.persistent:
-            continue
-        if id(site.module) in canonical and site.leaf == "weight":
-            continue
-        yield from _plain(site.name, site.tensor)
-
-
-def _plain(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A tensor, or the plain tensors that a subclass of it is made of."""
-    if is_readable(tensor) and hasattr(tensor, "__tensor_flatten__"):
-        for inner in tensor.__tensor_flatten__()[0]:
-            yield from _plain(f"{name}.{inner}", getattr(tensor, inner))
-    else:
-        yield name, tensor
 
 
 def _fields(config: Any) -> dict[str, Json]:
@@ -252,14 +236,8 @@ def _load_dtype(config: Any) -> str | None:
 
 def _tied(base: torch.nn.Module) -> bool:
     """Whether input and output embeddings are one tensor."""
-    if not (hasattr(base, "get_input_embeddings") and hasattr(base, "get_output_embeddings")):
-        return False
-    try:
-        inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
-    except (AttributeError, NotImplementedError):  # a model of transformers without embeddings
-        return False
-    weight = getattr(inputs, "weight", None)
-    return weight is not None and getattr(outputs, "weight", None) is weight
+    inputs = embedding_weight(base, "input")
+    return inputs is not None and inputs is embedding_weight(base, "output")
 
 
 def _portable(name: str | None) -> str | None:
@@ -288,6 +266,19 @@ def _commit(name: str | None, revision: str | None) -> str | None:
     except HFValidationError:
         return None
     return Path(path).parent.name if isinstance(path, str) else None
+
+
+def prepare(record: BaseModelRecord, view: ModelView) -> None:
+    """Resize the embeddings, if a load will put saved ones in their place."""
+    base = view.base
+    inputs = embedding_weight(base, "input")
+    if inputs is None:
+        return
+    names = [name for name, tensor in base_tensors(view).items() if tensor.tensor is inputs]
+    restored = {*record.changed, *record.shadowed}
+    rows = [record.tensors[name].shape[0] for name in names if name in restored & record.tensors.keys()]
+    if rows and rows[0] != inputs.shape[0]:
+        base.resize_token_embeddings(rows[0], mean_resizing=False)
 
 
 def restore(record: BaseModelRecord, view: ModelView) -> None:
@@ -323,7 +314,8 @@ SECTION = Section(
     capture_like=capture_like,
     capture_restored=capture_restored,
     restore=restore,
-    restored=RESTORED_CONFIG,
+    prepare=prepare,
+    restored=RESTORED_CONFIG | {"vocab_size"},
     checked_on_base=True,
     error=BaseModelMismatchError,
 )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftstate.sections._view import ModelView
+
+V = TypeVar("V")
 
 BITSANDBYTES = "bitsandbytes"
 
@@ -75,18 +77,12 @@ def capture(view: ModelView) -> QuantizationRecord:
         config=config,
         pre_quantized=bool(getattr(getattr(base, "hf_quantizer", None), "pre_quantized", False)),
         modules=_numbered(layers),
-        layers=Table.of(
-            {
-                name: value
-                for name, module in layers.items()
-                if (value := _bitsandbytes.settings_of(module))
-            }
-        ),
-        state=_states({name: _bitsandbytes.state_of(module) for name, module in layers.items()}),
+        layers=_table(layers, _bitsandbytes.settings_of),
+        state=_table(layers, _bitsandbytes.state_of),
         scales=_scales_digest(
-            forms.in_form(module, form)
+            forms.weight_of(module)
             for module in layers.values()
-            if (form := forms.form_of(module)) != forms.FRESH
+            if forms.form_of(module) != forms.FRESH
         ),
     )
 
@@ -97,16 +93,13 @@ def capture_like(view: ModelView, record: QuantizationRecord) -> QuantizationRec
     What makes no difference to the outcome is taken over from it: where the quantization came
     from, and forms of layers that lead to the same or that no layer can have on this machine.
     """
-    found = capture(view)
-    by_config = {record.method, found.method} - {None, BITSANDBYTES}
-    states = {
-        name: _comparable_state(module, record.state[name])
-        for name, module in _layers(view).items()
-    }
-    state = _states(states)
+    found, layers = capture(view), _layers(view)
+    compares_config = {record.method, found.method} - {None, BITSANDBYTES}
+    saved = {module: record.state[name] for name, module in layers.items()}
+    state = _table(layers, lambda module: _comparable_state(module, saved[module]))
     return attrs.evolve(
         found,
-        config=found.config if by_config else record.config,
+        config=found.config if compares_config else record.config,
         pre_quantized=record.pre_quantized,
         state=state,
         scales=found.scales if state == found.state else record.scales,
@@ -192,9 +185,10 @@ def _layers(view: ModelView) -> dict[str, nn.Module]:
     return {name: module for name, module in view.base_modules() if _bitsandbytes.kind_of(module)}
 
 
-def _states(states: Mapping[str, LayerState | None]) -> Table[LayerState]:
-    """The table of the layers' states."""
-    return Table.of({name: state for name, state in states.items() if state is not None})
+def _table(layers: Mapping[str, nn.Module], describe: Callable[[nn.Module], V | None]) -> Table[V]:
+    """The table of something about each layer."""
+    values = {name: describe(module) for name, module in layers.items()}
+    return Table.of({name: value for name, value in values.items() if value is not None})
 
 
 def _scales_digest(weights: Iterable[forms.Weight4bit]) -> str | None:

@@ -139,7 +139,8 @@ def restore(record: TrainingRecord, view: ModelView) -> None:
             return record.adapters.get(view.saved_name(site.adapter or "") or "")
         return record.base if site.part == "base" else record.model
 
-    for site in _flagged(view):
+    # the containers, too: they have the names of what they hold
+    for site in view.sites():
         part = part_of(site)
         if part is not None and (flag := part.train[site.name]) is not None:
             site.module.training = flag

@@ -1,0 +1,122 @@
+"""The tensors of the base model that a checkpoint of it holds, and their records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+
+from peftstate.sections import _bitsandbytes
+from peftstate.sections._tensors import TensorRecord, in_threads, is_readable, tensor_record
+
+if TYPE_CHECKING:
+    import torch
+
+    from peftstate.sections._view import ModelView
+    from peftstate.sections._walk import TensorSite
+
+
+@attrs.frozen(kw_only=True)
+class BaseTensor:
+    """A tensor of the base model.
+
+    Attributes:
+        tensor: The tensor; of a quantized weight one of those that stand for it.
+        site: Where it hangs, if it is one that can be replaced.
+        shadowed: Whether a trained copy stands in for it.
+        replayed: Whether a load brings it about again: an adapter is merged into it, or running a
+            4-bit layer and asking for its state dict has rounded its scales.
+    """
+
+    tensor: torch.Tensor
+    site: TensorSite | None
+    shadowed: bool
+    replayed: bool
+
+
+def base_tensors(view: ModelView) -> dict[str, BaseTensor]:
+    """The base model's tensors by name, quantized weights in their canonical form.
+
+    Tensors that are made of others (torchao's) come as those others. Buffers that checkpoints do
+    not hold are left out: the config gives them, on each kind of device with other last bits.
+    """
+    return dict(_base_tensors(view))
+
+
+def _base_tensors(view: ModelView) -> Iterator[tuple[str, BaseTensor]]:
+    """The base model's tensors, a module's quantized weight among its others."""
+    canonical: dict[int, Mapping[str, torch.Tensor]] = {}
+    for site in view.tensors():
+        module = site.module
+        if site.part != "base" or not site.persistent:
+            continue
+        if site.leaf == "weight" and _bitsandbytes.kind_of(module) is not None:
+            if id(module) not in canonical:
+                canonical[id(module)] = _bitsandbytes.canonical_tensors(module) or {}
+            if canonical[id(module)]:
+                yield from _canonical(site, canonical[id(module)])
+                continue
+        for name, tensor in _plain(site.name, site.tensor):
+            yield (
+                name,
+                BaseTensor(
+                    tensor=tensor,
+                    site=site if tensor is site.tensor else None,
+                    shadowed=site.shadowed,
+                    replayed=site.merged,
+                ),
+            )
+
+
+def _canonical(
+    site: TensorSite, tensors: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, BaseTensor]]:
+    """The tensors that stand for a quantized weight."""
+    rounded = _bitsandbytes.form_of(site.module) == _bitsandbytes.UNPACKED
+    for key, tensor in tensors.items():
+        yield (
+            f"{site.name.removesuffix('weight')}{key}",
+            BaseTensor(
+                tensor=tensor,
+                site=None,
+                shadowed=site.shadowed,
+                replayed=site.merged or (rounded and key.endswith("absmax")),
+            ),
+        )
+
+
+def _plain(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor, or the plain tensors that a subclass of it is made of."""
+    if is_readable(tensor) and hasattr(tensor, "__tensor_flatten__"):
+        for inner in tensor.__tensor_flatten__()[0]:
+            yield from _plain(f"{name}.{inner}", getattr(tensor, inner))
+    else:
+        yield name, tensor
+
+
+def records(view: ModelView, tensors: Mapping[str, BaseTensor]) -> dict[str, TensorRecord]:
+    """Describe tensors as they are, each once for all who look at the model through a view."""
+    missing = [name for name, base in tensors.items() if name not in view.memo]
+    sampled = view.fingerprint == "sampled"
+
+    def describe(name: str) -> TensorRecord:
+        base = tensors[name]
+        read = view.fingerprint != "off" and not base.shadowed
+        return tensor_record(base.tensor, sampled=sampled, read=read)
+
+    view.memo.update(zip(missing, in_threads(missing, describe), strict=True))
+    return {name: view.memo[name] for name in tensors}
+
+
+def embedding_weight(base: Any, side: Literal["input", "output"]) -> torch.Tensor | None:
+    """The weight of a model's input or output embeddings, where it has them."""
+    getter = getattr(base, f"get_{side}_embeddings", None)
+    if getter is None:
+        return None
+    try:
+        layer = getter()
+    except (AttributeError, NotImplementedError):  # how models of transformers say they have none
+        return None
+    weight: torch.Tensor | None = getattr(layer, "weight", None)
+    return weight

@@ -1,0 +1,168 @@
+"""What of a base model its checkpoint gives, and what only the model in memory has.
+
+A model that is wrapped by `peftstate.get_peft_model`, attached to, or loaded carries the digests
+its base had then. What differs at the next save was trained, counted (BatchNorm) or rewritten (by
+PiSSA and its kin), and no checkpoint has it. What was already so before cannot be seen by digests;
+of that, what transformers initialised and did not find in the checkpoint is known by its mark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import attrs
+
+from peftstate.sections._base_tensors import (
+    BaseTensor,
+    base_tensors,
+    embedding_weight,
+    records,
+)
+from peftstate.sections._tensors import TensorRecord, is_readable, tensor_record
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftstate.sections._view import ModelView
+
+_ATTRIBUTE = "_peftstate_origin"
+_REWRITING = ("corda", "loftq", "lora_ga", "olora", "pissa")
+"""How the names of LoRA's initialisations that rewrite the base model's weights begin; see
+`peft/tuners/lora/layer.py`."""
+
+
+class _BaseRecord(Protocol):
+    """What is needed of a `base_model.BaseModelRecord`."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorRecord]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def changed(self) -> tuple[str, ...]: ...
+    @property
+    def shadowed(self) -> tuple[str, ...]: ...
+
+
+@attrs.frozen
+class Origin:
+    """The tensors of a base model as its checkpoint gave them.
+
+    Attributes:
+        tensors: Their records; a tensor that is not among them is none of the checkpoint's.
+    """
+
+    tensors: Mapping[str, TensorRecord]
+
+
+def observe(view: ModelView) -> Origin:
+    """Look at a base model before it is trained; it may be bare, or wrapped by somebody else."""
+    found = base_tensors(view)
+    new = _not_loaded(view, found) | _rewritten(view, found)
+    known = {name: base for name, base in found.items() if name not in new and not base.replayed}
+    return Origin(records(view, known))
+
+
+def keep(model: nn.Module, origin: Origin) -> None:
+    """Have a PEFT model carry what was observed of its base."""
+    setattr(model, _ATTRIBUTE, origin)
+
+
+def of_loaded(view: ModelView, record: _BaseRecord) -> Origin:
+    """What a checkpoint gave of a model that was just loaded, by the record it was loaded with."""
+    put_back = {*record.changed, *record.shadowed}
+    tensors = record.tensors if record.fingerprint == "full" else observe(view).tensors
+    return Origin({name: tensor for name, tensor in tensors.items() if name not in put_back})
+
+
+def changed(view: ModelView) -> frozenset[str]:
+    """The names of the base model's tensors that are not as the checkpoint gave them.
+
+    What digests cannot tell (of a model that was never observed, or if they do not cover every
+    byte) is told by what is trainable now.
+    """
+    found = {name: base for name, base in base_tensors(view).items() if not base.shadowed}
+    origin: Origin | None = getattr(view.model, _ATTRIBUTE, None)
+    by_digest = origin is not None and view.fingerprint == "full"
+    known = (origin or observe(view)).tensors
+    now = records(view, found) if by_digest else {}
+
+    def is_same(name: str, base: BaseTensor) -> bool:
+        if base.replayed or name not in known:
+            return False
+        return _is_same(base, now[name], known[name]) if by_digest else not _is_trainable(base)
+
+    return frozenset(name for name, base in found.items() if not is_same(name, base))
+
+
+def lost(view: ModelView) -> list[str]:
+    """The names of the tensors that no file has and that no load would bring about."""
+    found = base_tensors(view)
+    rewritten = _rewritten(view, found)  # merging into these starts from other weights
+    return sorted(
+        name for name in changed(view) if not found[name].replayed or name in rewritten
+    )
+
+
+def _is_trainable(base: BaseTensor) -> bool:
+    """Whether a tensor may have been trained."""
+    return base.site is not None and base.site.tensor.requires_grad
+
+
+def _is_same(base: BaseTensor, now: TensorRecord, before: TensorRecord) -> bool:
+    """Whether a tensor has its old values, be it in another dtype that holds them all."""
+    if now.digest is None or before.digest is None:  # nothing is known of the values
+        return now.shape == before.shape
+    if now == before:
+        return True
+    if now.shape != before.shape or now.dtype == before.dtype or not is_readable(base.tensor):
+        return False
+    return tensor_record(base.tensor, before.dtype) == before
+
+
+def _not_loaded(view: ModelView, found: Mapping[str, BaseTensor]) -> set[str]:
+    """The tensors that transformers initialised since its checkpoint did not have them.
+
+    transformers 5 marks what it loads (`modeling_utils.py::_is_hf_initialized`); a model without
+    any mark was not loaded, or by an older version.
+    """
+    sites = {name: base.site for name, base in found.items() if base.site is not None}
+    loaded = {name for name, site in sites.items() if _is_marked(site.tensor)}
+    if not loaded:
+        return set()
+    is_parameter = {name: site.leaf in site.module._parameters for name, site in sites.items()}
+    fresh = {name for name in sites if is_parameter[name] and name not in loaded}
+    return fresh | {name for name, site in sites.items() if _is_resized(view, site.tensor)}
+
+
+def _is_marked(tensor: Any) -> bool:
+    """Whether transformers says that it loaded a tensor."""
+    return bool(getattr(tensor, "_is_hf_initialized", False))
+
+
+def _is_resized(view: ModelView, tensor: Any) -> bool:
+    """Whether a tensor is an embedding with other rows than the model was built with.
+
+    `resize_token_embeddings` changes the config and the outer model's `vocab_size`, not that of
+    the model inside, which keeps the number it was built with.
+    """
+    base: Any = view.base
+    inner = getattr(base, getattr(base, "base_model_prefix", ""), None)
+    built = getattr(inner, "vocab_size", None)
+    embeddings = [embedding_weight(base, side) for side in ("input", "output")]
+    is_embedding = any(weight is tensor for weight in embeddings)
+    return is_embedding and isinstance(built, int) and built != tensor.shape[0]
+
+
+def _rewritten(view: ModelView, found: Mapping[str, BaseTensor]) -> set[str]:
+    """The weights that an adapter's initialisation has rewritten already."""
+    configs = getattr(view.model, "peft_config", {}).values()
+    inits = [getattr(config, "init_lora_weights", None) for config in configs]
+    if not any(isinstance(init, str) and init.lower().startswith(_REWRITING) for init in inits):
+        return set()
+    return {
+        name
+        for name, base in found.items()
+        if base.site is not None and base.site.adapted and base.site.leaf == "weight"
+    }

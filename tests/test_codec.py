@@ -1,0 +1,282 @@
+"""Records to JSON values and back, and JSON that somebody else may have written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftstate._codec import (
+    MAX_DEPTH,
+    NOT_JSON,
+    DecodeError,
+    canonical,
+    decode,
+    dumps,
+    encode,
+    loads,
+)
+from peftstate.sections import SECTIONS
+from peftstate.sections._table import Table
+from tests._records import VALUES, records
+
+
+@attrs.frozen(kw_only=True)
+class Inner:
+    """A record in a record."""
+
+    number: float
+    note: str | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Outer:
+    """A record with every kind of field that records have."""
+
+    name: str
+    count: int
+    flag: bool
+    inner: Inner
+    maybe: Inner | None
+    items: tuple[Inner, ...]
+    by_name: Mapping[str, int]
+    table: Table[bool]
+    anything: Mapping[str, Any]
+    beside: Any = attrs.field(default=None, metadata={NOT_JSON: True})
+
+
+RECORD = Outer(
+    name="é",
+    count=3,
+    flag=True,
+    inner=Inner(number=0.5),
+    maybe=None,
+    items=(Inner(number=1.0, note="a"), Inner(number=2.0)),
+    by_name={"a b": 1},
+    table=Table(default=True, exceptions={"x": False}),
+    anything={"list": [1, None, {"deep": "yes"}]},
+)
+VALUE: dict[str, Any] = {
+    "name": "é",
+    "count": 3,
+    "flag": True,
+    "inner": {"number": 0.5, "note": None},
+    "maybe": None,
+    "items": [{"number": 1.0, "note": "a"}, {"number": 2.0, "note": None}],
+    "by_name": {"a b": 1},
+    "table": {"default": True, "exceptions": {"x": False}},
+    "anything": {"list": [1, None, {"deep": "yes"}]},
+}
+
+
+def test_encode() -> None:
+    """A record becomes JSON field by field; what lives beside the JSON is left out."""
+    assert encode(attrs.evolve(RECORD, beside=object())) == VALUE
+
+
+def test_decode() -> None:
+    """The JSON of a record gives the record, its sequences as tuples."""
+    assert decode(VALUE, Outer) == RECORD
+    assert type(decode(VALUE, Outer).items) is tuple
+
+
+def test_decode_default() -> None:
+    """A key whose field has a default may be missing."""
+    assert decode({"number": 1.0}, Inner) == Inner(number=1.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "field", "message"),
+    [
+        ("name", 1, "name", "expected a string, found an integer"),
+        ("name", None, "name", "expected a string, found null"),
+        ("name", ["a"], "name", "expected a string, found an array"),
+        ("count", True, "count", "expected an integer, found a boolean"),
+        ("count", 3.0, "count", "expected an integer, found a float"),
+        ("count", "3", "count", "expected an integer, found a string"),
+        ("flag", 1, "flag", "expected a boolean, found an integer"),
+        ("flag", "true", "flag", "expected a boolean, found a string"),
+        ("flag", None, "flag", "expected a boolean, found null"),
+        ("inner", None, "inner", "expected an object, found null"),
+        ("inner", [], "inner", "expected an object, found an array"),
+        ("inner", {}, "inner.number", "is missing"),
+        ("inner", {"number": 1}, "inner.number", "expected a float, found an integer"),
+        ("inner", {"number": True}, "inner.number", "expected a float, found a boolean"),
+        ("inner", {"number": "1.0"}, "inner.number", "expected a float, found a string"),
+        ("inner", {"number": 1.0, "note": 1}, "inner.note", "expected a string, found an integer"),
+        ("inner", {"number": 1.0, "x": 1}, "inner", "unknown key 'x'"),
+        ("inner", {"number": 1.0, "b": 1, "a": 1}, "inner", "unknown key 'a'"),
+        ("maybe", "none", "maybe", "expected an object, found a string"),
+        ("maybe", {}, "maybe.number", "is missing"),
+        ("items", {}, "items", "expected an array, found an object"),
+        ("items", "ab", "items", "expected an array, found a string"),
+        ("items", None, "items", "expected an array, found null"),
+        ("items", [{"number": 1.0}, 2], "items[1]", "expected an object, found an integer"),
+        ("items", [{"number": 1.0}, {}], "items[1].number", "is missing"),
+        ("by_name", [], "by_name", "expected an object, found an array"),
+        ("by_name", {"key": "1"}, "by_name.key", "expected an integer, found a string"),
+        ("by_name", {"a.b": False}, "by_name[a.b]", "expected an integer, found a boolean"),
+        ("by_name", {"0": 1.0}, "by_name[0]", "expected an integer, found a float"),
+        ("table", {"default": 1, "exceptions": {}}, "table.default", "expected a boolean, found an integer"),
+        ("table", {"default": None, "exceptions": {"x.y": 0}}, "table.exceptions[x.y]", "expected a boolean, found an integer"),
+        ("table", {"exceptions": {}}, "table.default", "is missing"),
+        ("anything", [], "anything", "expected an object, found an array"),
+        ("beside", None, "", "unknown key 'beside'"),
+    ],
+)  # fmt: skip
+def test_decode_strict(key: str, value: Any, field: str, message: str) -> None:
+    """A value is taken in the type that its field names and no other; the error says where."""
+    with pytest.raises(DecodeError) as caught:
+        decode({**VALUE, key: value}, Outer)
+    assert (caught.value.field, str(caught.value)) == (field, message)
+
+
+@pytest.mark.parametrize("key", VALUE)
+def test_decode_missing(key: str) -> None:
+    """A key without a default must be there."""
+    with pytest.raises(DecodeError, match="^is missing$") as caught:
+        decode({name: value for name, value in VALUE.items() if name != key}, Outer)
+    assert caught.value.field == key
+
+
+@pytest.mark.parametrize("value", [None, True, 1, 1.0, "{}", []])
+def test_decode_no_object(value: Any) -> None:
+    """A record is made of an object only."""
+    with pytest.raises(DecodeError, match="^expected an object, found ") as caught:
+        decode(value, Outer)
+    assert caught.value.field == ""
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.name)
+@given(data=st.data())
+def test_round_trip(section: Any, data: st.DataObject) -> None:
+    """Every record of every section comes back from its bytes, and gives the same bytes."""
+    record = data.draw(records(section.record))
+    text = dumps(section.encode(record))
+    decoded = section.decode(loads(text))
+    assert decoded == record
+    assert dumps(section.encode(decoded)) == text
+
+
+@given(VALUES)
+def test_round_trip_values(value: Any) -> None:
+    """Any JSON value is read as it was written, types of numbers included."""
+    read = loads(dumps(value))
+    assert read == value
+    assert repr(read) == repr(json.loads(json.dumps(value, sort_keys=True)))
+
+
+def _nested(levels: int) -> bytes:
+    """A number in so many lists."""
+    return b"[" * levels + b"0" + b"]" * levels
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not UTF-8 JSON: Expecting value: line 1 column 1 (char 0)"),
+        (b" \n", "not UTF-8 JSON: Expecting value: line 2 column 1 (char 2)"),
+        (b"\0", "not UTF-8 JSON: Expecting value: line 1 column 1 (char 0)"),
+        (b"{'a': 1}", "not UTF-8 JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        (b"{} {}", "not UTF-8 JSON: Extra data: line 1 column 4 (char 3)"),
+        (b'"\n"', "not UTF-8 JSON: Invalid control character at: line 1 column 2 (char 1)"),
+        (b"\xff\xfe{\0}\0", "not UTF-8 JSON: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        (b'"\xed\xa0\x80"', "not UTF-8 JSON: 'utf-8' codec can't decode byte 0xed in position 1: invalid continuation byte"),
+        (b"\xef\xbb\xbf{}", "not UTF-8 JSON: Unexpected UTF-8 BOM (decode using utf-8-sig): line 1 column 1 (char 0)"),
+        (b'{"a": 1, "b": 2, "a": 1}', "key 'a' stands twice"),
+        (b'[{"x": {"a": 1, "\\u0061": 2}}]', "key 'a' stands twice"),
+        (b"NaN", "NaN is not JSON"),
+        (b"[Infinity]", "Infinity is not JSON"),
+        (b'{"a": -Infinity}', "-Infinity is not JSON"),
+        (b"1e999", "a number is too large"),
+        (b'{"a": [-1e999]}', "a number is too large"),
+        (b'"\\ud800"', "'\\ud800' holds a lone surrogate"),
+        (b'["a\\udfffb"]', "'a\\udfffb' holds a lone surrogate"),
+        (b'{"\\ud83d": 1}', "'\\ud83d' holds a lone surrogate"),
+        (_nested(MAX_DEPTH + 1), "more than 24 levels of nesting"),
+        (_nested(100_000), "more than 24 levels of nesting"),
+        (b'{"a":' * 100_000, "more than 24 levels of nesting"),
+    ],
+    ids=range(22),
+)  # fmt: skip
+def test_loads_strict(data: bytes, message: str) -> None:
+    """What is no JSON, or could not be written again, is refused."""
+    with pytest.raises(DecodeError) as caught:
+        loads(data)
+    assert str(caught.value) == message
+    assert caught.value.field == ""
+
+
+def test_loads_huge_integer() -> None:
+    """An integer that takes long to parse is refused before it is parsed."""
+    assert loads(b"9" * 4000) == int("9" * 4000)
+    with pytest.raises(DecodeError, match="^not UTF-8 JSON: .*4300 digits"):
+        loads(b"9" * 1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("data", "value"),
+    [
+        (b"[]", []),
+        (b' {"a": 1}\r\n', {"a": 1}),
+        (b"1e3", 1000.0),
+        (b'"\\ud83d\\ude00 \xe2\x80\xa8"', "😀 \u2028"),
+        (b"1e-999", 0.0),
+    ],
+)
+def test_loads(data: bytes, value: Any) -> None:
+    """JSON is read, whatever stands at the top."""
+    assert loads(data) == value
+
+
+def test_loads_depth() -> None:
+    """As many levels as are allowed are allowed."""
+    value = loads(_nested(MAX_DEPTH))
+    for _ in range(MAX_DEPTH):
+        (value,) = value
+    assert value == 0
+
+
+def test_dumps() -> None:
+    """JSON for people: a key a line, keys sorted, text as it is, a newline at the end."""
+    text = dumps({"b": [1, 1.0, True, None], "a": {"é": "ü"}})
+    expected = """\
+{
+  "a": {
+    "é": "ü"
+  },
+  "b": [
+    1,
+    1.0,
+    true,
+    null
+  ]
+}
+"""
+    assert text.decode() == expected
+
+
+def test_canonical() -> None:
+    """JSON to digest: keys sorted, no space."""
+    value = {"b": [1, 1.0, True, None], "a": {"é": "ü ü"}}
+    assert canonical(value).decode() == '{"a":{"é":"ü ü"},"b":[1,1.0,true,null]}'
+
+
+@pytest.mark.parametrize("write", [dumps, canonical])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_no_infinity(write: Any, value: float) -> None:
+    """What is no JSON is not written either."""
+    with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
+        write({"a": value})
+
+
+@given(st.dictionaries(st.text(), st.integers()).map(lambda value: list(value.items())))
+def test_order_is_no_matter(items: list[tuple[str, int]]) -> None:
+    """The same keys and values give the same bytes in whatever order they come."""
+    for write in (dumps, canonical):
+        assert write(dict(items)) == write(dict(reversed(items)))
