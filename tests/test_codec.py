@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftstate._codec import (
@@ -153,6 +153,7 @@ def test_decode_no_object(value: Any) -> None:
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.name)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_round_trip(section: Any, data: st.DataObject) -> None:
     """Every record of every section comes back from its bytes, and gives the same bytes."""
@@ -163,6 +164,7 @@ def test_round_trip(section: Any, data: st.DataObject) -> None:
     assert dumps(section.encode(decoded)) == text
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_round_trip_values(value: Any) -> None:
     """Any JSON value is read as it was written, types of numbers included."""
@@ -275,6 +277,7 @@ def test_no_infinity(write: Any, value: float) -> None:
         write({"a": value})
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(), st.integers()).map(lambda value: list(value.items())))
 def test_order_is_no_matter(items: list[tuple[str, int]]) -> None:
     """The same keys and values give the same bytes in whatever order they come."""

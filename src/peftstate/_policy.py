@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias, get_args
 
 import attrs
 
-from peftstate._diff import Mismatch
+from peftstate._diff import Mismatch, steps
 from peftstate._report import Report
 from peftstate._warn import warn
 from peftstate.errors import StateMismatchWarning
@@ -16,7 +16,14 @@ from peftstate.sections import SECTIONS
 Action: TypeAlias = Literal["error", "warn", "ignore"]
 OnMismatch: TypeAlias = Action | Mapping[str, Action]
 
-_BY_DEFAULT: dict[str, Action] = {"environment": "warn", "runtime": "warn"}
+_BY_DEFAULT: dict[str, Action] = {
+    "environment": "warn",
+    "implementation.hooks": "warn",  # NEFTune's and the like act in train mode only
+    "implementation.kernels": "warn",  # nothing can put them back; the predictions tell
+    "rng.accelerators": "warn",  # this machine may have other devices
+    "runtime": "warn",
+}
+"""What is not an error, by section or by section and first field."""
 
 
 @attrs.frozen
@@ -53,13 +60,11 @@ class Policy:
         return self.chosen.get(section) != "ignore"
 
     def action(self, mismatch: Mismatch) -> Action:
-        """What to do about one difference.
-
-        Generators of devices that this machine lacks cannot be restored, so they only warn.
-        """
-        by_default = _BY_DEFAULT.get(mismatch.section, "error")
-        if mismatch.section == "rng" and mismatch.field.startswith("accelerators"):
-            by_default = "warn"
+        """What to do about one difference."""
+        field = next(iter(steps(mismatch.field)), "")
+        by_default = _BY_DEFAULT.get(
+            f"{mismatch.section}.{field}", _BY_DEFAULT.get(mismatch.section, "error")
+        )
         return self.chosen.get(mismatch.section, by_default)
 
     def apply(self, report: Report) -> None:

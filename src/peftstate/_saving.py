@@ -70,8 +70,10 @@ def save(view: ModelView, directory: Path, write: WriteAdapter) -> Manifest:
     except Exception as error:
         # Whatever the reason, days of training must not be lost to it.
         rescued = _rescue(view, directory, write)
-        reason = error if isinstance(error, PeftStateError) else f"{type(error).__name__}: {error}"
-        raise SaveError(f"The state of the model cannot be saved: {reason}.", rescued=rescued) from error
+        known = isinstance(error, (PeftStateError, ValueError))
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        message = f"The state of the model cannot be saved: {reason.rstrip('. ')}."
+        raise SaveError(message, rescued=rescued) from error
 
 
 def _save(view: ModelView, directory: Path, write: WriteAdapter) -> Manifest:
@@ -151,6 +153,7 @@ def _describe_written(
     weights = next(name for name in WEIGHTS_NAMES if (folder / name).exists())
     data = (folder / weights).read_bytes()
     tensors = parse_weights(weights, data)
+    _refuse_unloadable(tensors)
     config = json.loads((folder / ADAPTER_CONFIG_NAME).read_bytes())
     described = attrs.evolve(
         record,
@@ -159,6 +162,32 @@ def _describe_written(
         embeddings_saved=bool(tensors.keys() - record.tensors.keys()),
     )
     return described, {weights: FileRecord(size=len(data), sha256=file_digest(data))}
+
+
+def _refuse_unloadable(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse what PEFT writes without a word and can never load again.
+
+    Raises:
+        ValueError: The text says what to do.
+    """
+    for name, tensor in tensors.items():
+        for mark, remedy in _WRAPPED.items():
+            if mark in name:
+                raise ValueError(f"the adapter's tensor {name!r} bears the name of a wrapper; {remedy}")
+        if tensor.numel() == 0:
+            raise ValueError(
+                f"the adapter's tensor {name!r} is empty: DeepSpeed ZeRO-3 keeps it in pieces; save "
+                "within deepspeed.zero.GatheredParameters, or pass the gathered state_dict="
+            )
+
+
+_WRAPPED = {
+    "_orig_mod.": "save the model that was handed to torch.compile",
+    "_fsdp_wrapped_module.": "pass the full state_dict= that FSDP gathers",
+    "base_model.model.base_model.model.": "the model was wrapped by get_peft_model twice; "
+    "merge or unload the inner adapter first",
+}
+"""Parts of names that PEFT's load does not find again, and what to do about each."""
 
 
 def _saved_embeddings(written: Mapping[str, adapters.AdapterRecord], view: ModelView) -> set[str]:

@@ -179,7 +179,9 @@ def _mismatch_text(mismatches: tuple[Mismatch, ...], remedy: str, section: str) 
         lines.append(f"  … and {count - _SHOWN} more")
     lines.append(remedy)
     if section:
-        lines.append(f'To load all the same, pass on_mismatch={{"{section}": "warn"}}.')
+        names = dict.fromkeys(mismatch.section for mismatch in mismatches)
+        chosen = ", ".join(f'"{name}": "warn"' for name in names)
+        lines.append(f"To load all the same, pass on_mismatch={{{chosen}}}.")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -453,36 +454,28 @@ def _same_generators(one: tuple[Any, Any, Any], other: tuple[Any, Any, Any]) -> 
 
 def _fingerprint(value: Any) -> str:
     """A digest over all that can be reached from an object: attributes, hooks, bytes of tensors."""
-    hasher, seen = hashlib.sha256(), set[int]()
-
-    def walk(value: Any) -> None:
-        kind = type(value)
-        hasher.update(f"{kind.__module__}.{kind.__qualname__}:".encode())
-        if kind.__module__ == "builtins" and isinstance(value, (str, int, float, bool, bytes)):
+    hasher, seen, todo = hashlib.sha256(), set[int](), [value]
+    while todo:
+        value = todo.pop()
+        hasher.update(f"{type(value).__module__}.{type(value).__qualname__}:".encode())
+        if value is None or type(value) in (str, int, float, bool, bytes):
             hasher.update(repr(value).encode())
-            return
-        if id(value) in seen:
-            return
+            continue
+        if id(value) in seen or isinstance(value, (type, types.ModuleType)):
+            continue
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
-            described = (value.data_ptr(), value.shape, value.dtype, value.requires_grad, value.grad)
-            hasher.update(repr(described[:4]).encode())
+            described = (value.data_ptr(), value.shape, value.dtype, value.requires_grad)
+            hasher.update(repr(described).encode())
             hasher.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-            walk(value.grad)
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                walk(key)
-                walk(item)
+            todo.append(value.grad)
+        elif isinstance(value, Mapping):
+            todo += [*value.keys(), *value.values()]
         elif isinstance(value, (list, tuple)):
-            for item in value:
-                walk(item)
+            todo += value
         elif isinstance(value, (set, frozenset)):
-            for text in sorted(map(repr, value)):
-                walk(text)
-        if not isinstance(value, type) and not callable(value) or isinstance(value, nn.Module):
-            walk(dict(getattr(value, "__dict__", {})))
-
-    walk(value)
+            todo += sorted(map(repr, value))
+        todo += [item for pair in getattr(value, "__dict__", {}).items() for item in pair]
     return hasher.hexdigest()
 
 

@@ -1,20 +1,25 @@
-"""`implementation`: which code computes attention and experts.
+"""`implementation`: which code runs the model.
 
-transformers chooses it when it loads a model and writes it into no file; eager and sdpa attention
-differ in the last bits.
+transformers chooses the implementation of attention and experts when it loads a model, and writes
+it into no file; eager and sdpa attention differ in the last bits. Trainers leave more behind:
+accelerate's autocast wrapper stays on `forward`, hooks stay on modules, kernels stay patched in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from peftstate.errors import ImplementationMismatchError
 from peftstate.sections._base import Section
+from peftstate.sections._tensors import dtype_name, dtype_named
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from peftstate.sections._view import ModelView
 
 ATTENTION = frozenset(
@@ -29,8 +34,29 @@ ATTENTION = frozenset(
 )
 """What a manifest may set. Names of kernel repositories are not among them: loading one runs code
 from the Hub (CVE-2026-4372)."""
+KERNEL_LIBRARIES = frozenset({"kernels", "liger_kernel", "unsloth", "unsloth_zoo"})
+"""Top-level packages that put their own `forward` into classes of transformers."""
+AUTOCAST_DTYPES = frozenset({"bfloat16", "float16"})
+"""What a manifest may have autocast compute in."""
+_INPUT_HOOK = "enable_input_require_grads.<locals>.make_inputs_require_grads"
+"""The hook of transformers that gradient checkpointing over a frozen embedding needs."""
 EXPERTS = frozenset({"eager", "batched_mm", "grouped_mm"})
 """What a manifest may set for the experts of a mixture."""
+
+
+@attrs.frozen(kw_only=True)
+class AutocastRecord:
+    """accelerate's autocast wrapper (`accelerate/accelerator.py::prepare_model`).
+
+    Attributes:
+        dtype: Name of the dtype that it computes in.
+        enabled: Whether it does so at all.
+        cache_enabled: Whether casts of weights are kept while it is entered.
+    """
+
+    dtype: str
+    enabled: bool
+    cache_enabled: bool
 
 
 @attrs.frozen(kw_only=True)
@@ -41,10 +67,18 @@ class ImplementationRecord:
         attention: Of the model's config and of each sub-config: ``""``, ``"text_config"`` →
             ``"sdpa"``.
         experts: The same for mixtures of experts.
+        autocast: The wrapper that accelerate left on the model's `forward`, or `None`. It changes
+            what calling the model gives; `generate` goes round it.
+        hooks: Forward hooks on modules of the base model: ``"model.embed_tokens"`` → names of
+            functions.
+        kernels: Classes whose `forward` a kernel library replaced: class → module of the function.
     """
 
     attention: Mapping[str, str]
     experts: Mapping[str, str]
+    autocast: AutocastRecord | None
+    hooks: Mapping[str, tuple[str, ...]]
+    kernels: Mapping[str, str]
 
 
 def _configs(config: Any) -> Iterator[tuple[str, Any]]:
@@ -66,12 +100,105 @@ def capture(view: ModelView) -> ImplementationRecord:
         return {name: value for name, value in found.items() if isinstance(value, str)}
 
     return ImplementationRecord(
-        attention=values("_attn_implementation"), experts=values("_experts_implementation")
+        attention=values("_attn_implementation"),
+        experts=values("_experts_implementation"),
+        autocast=_autocast(view.model),
+        hooks=_hooks(view),
+        kernels=_kernels(view),
     )
 
 
+def _autocast(model: nn.Module) -> AutocastRecord | None:
+    """The autocast wrapper on a model's `forward`, found in the closures it is made of."""
+    import torch
+
+    forward = model.__dict__.get("forward")
+    if forward is None or "_original_forward" not in model.__dict__:
+        return None
+    while forward is not None:
+        function = getattr(forward, "__func__", forward)
+        for cell in getattr(function, "__closure__", None) or ():
+            context = cell.cell_contents
+            if isinstance(context, torch.autocast):
+                return AutocastRecord(
+                    dtype=dtype_name(context.fast_dtype),
+                    enabled=bool(context._enabled),
+                    cache_enabled=bool(context._cache_enabled),
+                )
+        forward = getattr(function, "model_forward", None) or getattr(function, "__wrapped__", None)
+    return None
+
+
+def _hooks(view: ModelView) -> dict[str, tuple[str, ...]]:
+    """The forward hooks on the base model's modules."""
+    found = {}
+    for name, module in view.base_modules():
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        names = [_function_name(hook) for hook in hooks]
+        if names:
+            found[name] = tuple(names)
+    return found
+
+
+def _function_name(function: Any) -> str:
+    """The full name of a function, or of the class of a callable object."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _kernels(view: ModelView) -> dict[str, str]:
+    """The classes in the base model whose `forward` comes from a kernel library."""
+    found = {}
+    for _, module in view.base_modules():
+        forward = module.__dict__.get("forward", type(module).forward)
+        home = getattr(getattr(forward, "__func__", forward), "__module__", "") or ""
+        if home.partition(".")[0] in KERNEL_LIBRARIES:
+            found[type(module).__name__] = home
+    return found
+
+
 def restore(record: ImplementationRecord, view: ModelView) -> None:
-    """Set the implementations, as far as they are of the closed tables."""
+    """Set what can be set; implementations as far as they are of the closed tables."""
+    _restore_functions(record, view)
+    _restore_autocast(record, view.model)
+    if _restorable_hooks(record.hooks) and not _restorable_hooks(_hooks(view)):
+        view.base.enable_input_require_grads()
+
+
+def _restorable_hooks(hooks: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether the hook is there that makes inputs require gradients."""
+    return any(name.endswith(_INPUT_HOOK) for names in hooks.values() for name in names)
+
+
+def _restore_autocast(record: ImplementationRecord, model: nn.Module) -> None:
+    """Wrap `forward` as accelerate does, so that accelerate can unwrap it, or unwrap it."""
+    import torch
+    from accelerate.utils import convert_outputs_to_fp32
+    from accelerate.utils.other import extract_model_from_parallel
+
+    saved = record.autocast
+    if saved == _autocast(model):
+        return
+    if _autocast(model) is not None:
+        extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    if saved is None or saved.dtype not in AUTOCAST_DTYPES:
+        return
+    context = torch.autocast(
+        device_type=next(model.parameters()).device.type,
+        dtype=dtype_named(saved.dtype),
+        enabled=saved.enabled,
+        cache_enabled=saved.cache_enabled,
+    )
+    forward = model.forward
+    model._original_forward = forward
+    model.forward = MethodType(
+        convert_outputs_to_fp32(context(forward.__func__)),  # type: ignore[attr-defined]
+        model,
+    )
+
+
+def _restore_functions(record: ImplementationRecord, view: ModelView) -> None:
+    """Set the implementations of attention and experts."""
     found = capture(view)
     for saved, live, allowed, setter in (
         (record.attention, found.attention, ATTENTION, "set_attn_implementation"),
