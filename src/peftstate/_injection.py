@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from peftstate._codec import dumps
 from peftstate._storage import ADAPTER_CONFIG_NAME
-from peftstate.sections import adapters
+from peftstate.sections._adapter_tensors import adapter_tensors
 
 if TYPE_CHECKING:
     from peftstate._source import AdapterFiles, Source
@@ -28,20 +28,14 @@ def set_tensors(view: ModelView, files: Mapping[str, AdapterFiles], manifest: Ma
     that PEFT computes when it saves (a prompt's embedding) are left as PEFT loaded them.
     """
     records = manifest.sections["adapters"].adapters
-    live = adapters.live_tensors(view.model)
-    identities = {id(tensor) for tensor in live.values()}
-    for saved, adapter_files in files.items():
-        targets = adapters.file_tensors(
-            view.model,
-            view.adapters[saved],
-            embeddings=records[saved].embeddings_saved,
-            live=live,
-        )
-        for name, tensor in adapter_files.tensors.items():
-            target = targets.get(name)
-            if target is None or id(target) not in identities or target.shape != tensor.shape:
-                continue  # the comparison afterwards names it
-            target.data = tensor.to(target.device)
+    for saved, read in files.items():
+        targets = adapter_tensors(
+            view, saved, embeddings=records[saved].embeddings_saved, names=read.tensors.keys()
+        ).saved
+        for name, target in targets.items():
+            tensor = read.tensors[name]
+            if target.shape == tensor.shape:  # else the comparison afterwards names it
+                target.data = tensor.to(target.device)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from peftstate._steps import (
     restore_sections,
 )
 from peftstate.manifest import Manifest
-from peftstate.sections import SECTIONS, _origin, adapters, dtype, rng
+from peftstate.sections import SECTIONS, _origin, adapters, dtype, extra_tensors, rng
 from peftstate.sections._view import ModelView
 
 T = TypeVar("T")
@@ -110,6 +110,7 @@ def load_adapter(
         expected = _as_live(manifest, view)
         dtype.restore_adapters(expected.sections["dtype"], view)
         adapters.restore_scaling(expected.sections["adapters"], view)
+        extra_tensors.restore_adapters(expected.sections["extra_tensors"], view)
         compare_restored(view, expected, plan)
         return result
 

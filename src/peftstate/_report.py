@@ -11,7 +11,7 @@ _ERRORS: dict[str, type[errors.StateMismatchError]] = {
     **{error.section: error for error in errors.StateMismatchError.__subclasses__()},
     "extra_tensors": errors.AdapterMismatchError,
 }
-"""What a difference raises, by section; `Section.error` says the same, but needs no import here."""
+"""What a difference raises, by section: what `Section.error` says, without importing sections."""
 
 
 @attrs.frozen

@@ -25,6 +25,7 @@ from peftstate._weights import parse_weights
 from peftstate.errors import PeftStateError, SaveError
 from peftstate.manifest import FileRecord, Manifest
 from peftstate.sections import SECTIONS, adapters
+from peftstate.sections._adapter_tensors import adapter_tensors, live_tensors
 from peftstate.sections._tensors import sidecar_tensors, tensor_records
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ _WRAPPED = {
 
 def _saved_embeddings(written: Mapping[str, adapters.AdapterRecord], view: ModelView) -> set[str]:
     """The names of the base model's tensors that PEFT wrote into an adapter's file."""
-    saved_too = {id(tensor) for tensor in _embeddings(view.model, written, view)}
+    saved_too = {id(tensor) for tensor in _embeddings(written, view)}
     return {
         site.name
         for site in view.tensors()
@@ -201,14 +202,14 @@ def _saved_embeddings(written: Mapping[str, adapters.AdapterRecord], view: Model
 
 
 def _embeddings(
-    model: nn.Module, written: Mapping[str, adapters.AdapterRecord], view: ModelView
+    written: Mapping[str, adapters.AdapterRecord], view: ModelView
 ) -> list[torch.Tensor]:
     """The live tensors that are in the adapters' files because embeddings were saved."""
-    found = []
+    found: list[torch.Tensor] = []
     for name, record in written.items():
         if record.embeddings_saved:
-            live = adapters.file_tensors(model, view.adapters[name], embeddings=True)
-            found += [tensor for key, tensor in live.items() if key in record.tensors]
+            tensors = adapter_tensors(view, name, embeddings=True, names=record.tensors.keys())
+            found += tensors.saved.values()
     return found
 
 
@@ -229,5 +230,5 @@ def _detached(model: nn.Module) -> dict[str, torch.Tensor]:
     """What PEFT is handed as the model's state dict."""
     return {
         name: tensor.detach() if tensor.requires_grad else tensor
-        for name, tensor in adapters.live_tensors(model).items()
+        for name, tensor in live_tensors(model).items()
     }

@@ -152,7 +152,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def make(case: str) -> None:
     """Save a case in the working directory, and beside it what the model says to `IDS`."""
-    torch.manual_seed(1)
+    transformers.set_seed(1)
     model = CASES[case](load_base(case, Path(BASE)))
     model.save_pretrained(case)
     safetensors.torch.save_file(

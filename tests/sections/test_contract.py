@@ -224,14 +224,14 @@ def test_wrong_types_are_refused(saved, section):
 
 
 def test_unknown_and_missing_keys_are_refused(saved, section):
-    """Each object of a record has exactly the fields of its class."""
+    """Each object of a record has the fields of its class; only one with a default may be missing."""
     encoded = section.encode(saved.records[section.name])
-    for path, found in _records(encoded, section.record):
+    for path, found, required in _records(encoded, section.record):
         where = [str(key) for key in path]
         with pytest.raises(DecodeError, match="unknown key 'unheard_of'") as error:
             section.decode(_with(encoded, path, {**found, "unheard_of": 1}))
         assert steps(error.value.field) == where
-        for key in found:
+        for key in required:
             less = {name: value for name, value in found.items() if name != key}
             with pytest.raises(DecodeError, match="is missing") as error:
                 section.decode(_with(encoded, path, less))
@@ -339,13 +339,17 @@ def _leaves(value: Any, kind: Any, path: tuple[Any, ...] = ()) -> Iterator[_Leaf
         yield _Leaf(path, value, kind)
 
 
-def _records(value: Any, kind: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, Any]]:
-    """The objects of a record's JSON that stand for records."""
+def _records(
+    value: Any, kind: Any, path: tuple[Any, ...] = ()
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], list[str]]]:
+    """The objects of a record's JSON that stand for records, and the keys they must have."""
     inner, _ = _without_none(kind)
     if not isinstance(value, dict) or inner is Any:
         return
-    if attrs.has(get_origin(inner) or inner):
-        yield path, value
+    plain = get_origin(inner) or inner
+    if attrs.has(plain):
+        fields = [field for field in attrs.fields(plain) if not field.metadata]
+        yield path, value, [field.name for field in fields if field.default is attrs.NOTHING]
     for name, child, child_kind in _children(value, inner):
         yield from _records(child, child_kind, (*path, name))
 
@@ -416,15 +420,21 @@ def test_capture_changes_nothing(saved, section):
     assert _fingerprint(saved.model) == before
 
 
-def test_capture_never_asks_for_a_state_dict(saved, section, monkeypatch):
-    """`state_dict()` of a 4-bit model that ran on the CPU repacks its weights."""
+def test_capture_never_asks_for_the_state_dict_of_the_base(saved, section, monkeypatch):
+    """`state_dict()` of a 4-bit layer that ran on the CPU repacks its weight."""
+    view = ModelView.of(saved.model)
+    of_base = {id(module) for _, module in view.base_modules()}
+    state_dict = nn.Module.state_dict
 
-    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        raise AssertionError("state_dict() was called")
+    def guarded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        assert of_base.isdisjoint(map(id, self.modules())), "state_dict() was called"
+        return state_dict(self, *args, **kwargs)
 
-    monkeypatch.setattr(nn.Module, "state_dict", refuse)
-    section.capture(ModelView.of(saved.model))
+    monkeypatch.setattr(nn.Module, "state_dict", guarded)
+    section.capture(view)
     section.capture_like(ModelView.of(saved.model), saved.records[section.name])
+    with pytest.raises(AssertionError, match="was called"):
+        saved.model.state_dict()
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "int8"])

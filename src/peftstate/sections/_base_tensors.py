@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from peftstate.sections import _bitsandbytes
+from peftstate.sections import _bitsandbytes_forms as forms
+from peftstate.sections import _bitsandbytes_forms as forms
 from peftstate.sections._tensors import TensorRecord, in_threads, is_readable, tensor_record
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ def _canonical(
     site: TensorSite, tensors: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, BaseTensor]]:
     """The tensors that stand for a quantized weight."""
-    rounded = _bitsandbytes.form_of(site.module) == _bitsandbytes.UNPACKED
+    rounded = forms.form_of(site.module) == forms.UNPACKED
     for key, tensor in tensors.items():
         yield (
             f"{site.name.removesuffix('weight')}{key}",

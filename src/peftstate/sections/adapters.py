@@ -14,6 +14,7 @@ import attrs
 
 from peftstate._diff import Json
 from peftstate.errors import AdapterMismatchError
+from peftstate.sections._adapter_tensors import adapter_tensors
 from peftstate.sections._base import Section
 from peftstate.sections._table import Table
 from peftstate.sections._tensors import TensorRecord, tensor_records
@@ -88,49 +89,52 @@ class AdaptersRecord:
 
 def capture(view: ModelView) -> AdaptersRecord:
     """Describe the adapters in the model."""
-    return _capture(view, embeddings_saved={})
+    return _capture(view, {})
 
 
 def capture_like(view: ModelView, record: AdaptersRecord) -> AdaptersRecord:
     """Capture for a comparison with a record: of the tensors that were saved."""
-    return _capture(
-        view,
-        embeddings_saved={name: saved.embeddings_saved for name, saved in record.adapters.items()},
-    )
+    return _capture(view, record.adapters)
 
 
-def _capture(view: ModelView, *, embeddings_saved: Mapping[str, bool]) -> AdaptersRecord:
-    """Describe the adapters, each with or without the embedding layers of the base model."""
+def _capture(view: ModelView, like: Mapping[str, AdapterRecord]) -> AdaptersRecord:
+    """Describe the adapters, each for a comparison with its record if there is one."""
     active = getattr(view.model, "active_adapters", [])
-    layers = list(tuner_layers(view.model))
+    layers = tuner_layers(view.model)
     merged = {name for layer in layers for name in getattr(layer, "merged_adapters", ())}
     return AdaptersRecord(
-        adapters={
-            saved: _describe(view, saved, embeddings_saved=embeddings_saved.get(saved, False))
-            for saved in view.adapters
-        },
+        adapters={saved: _describe(view, saved, like.get(saved)) for saved in view.adapters},
         active=tuple(saved for live in active if (saved := view.saved_name(live)) is not None),
         enabled=_enabled(view.model, layers),
         merged=tuple(sorted(saved for live in merged if (saved := view.saved_name(live)))),
     )
 
 
-def _describe(view: ModelView, saved: str, *, embeddings_saved: bool) -> AdapterRecord:
-    """Describe one adapter."""
+def _describe(view: ModelView, saved: str, like: AdapterRecord | None) -> AdapterRecord:
+    """Describe one adapter.
+
+    Of a tensor that PEFT computes when it saves, what it is computed from is compared: computed
+    again, on another device, it may have other last bits.
+    """
     live = view.adapters[saved]
-    in_file = file_tensors(view.model, live, embeddings=embeddings_saved)
-    held = {id(tensor) for tensor in in_file.values()}
-    unsaved = {
-        site.name: site.tensor
-        for site in view.tensors()
-        if site.adapter == live and id(site.tensor) not in held
-    }
+    tensors = adapter_tensors(
+        view,
+        saved,
+        embeddings=like is not None and like.embeddings_saved,
+        names=None if like is None else like.tensors.keys(),
+    )
+    config = config_fields(view.model.peft_config[live])
+    computed = (
+        tensor_records(tensors.computed)
+        if like is None
+        else {name: like.tensors[name] for name in tensors.computed}
+    )
     return AdapterRecord(
         folder=view.folders[saved],
-        config=config_fields(view.model.peft_config[live]),
-        tensors=tensor_records(in_file),
-        embeddings_saved=embeddings_saved,
-        unsaved=tensor_records(unsaved),
+        config=config if like is None else {key: config[key] for key in like.config if key in config},
+        tensors=dict(sorted({**tensor_records(tensors.saved), **computed}.items())),
+        embeddings_saved=like is not None and like.embeddings_saved,
+        unsaved=tensor_records({name: site.tensor for name, site in tensors.unsaved.items()}),
         scaling=_scaling(view, live),
     )
 
@@ -163,43 +167,6 @@ def _jsonable(value: Any) -> Json:
     if attrs.has(type(value)) or hasattr(value, "__dataclass_fields__"):
         return dict(vars(value))
     return str(value)
-
-
-def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What ``model.state_dict()`` would hold, without calling it.
-
-    `bitsandbytes.nn.Linear4bit._save_to_state_dict` unpacks a layer that has run on the CPU, which
-    moves its values; nothing here touches a tensor.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{name}." if name else ""
-        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and leaf not in module._non_persistent_buffers_set:
-                tensors[prefix + leaf] = tensor
-    return tensors
-
-
-def file_tensors(
-    model: nn.Module, adapter: str, *, embeddings: bool, live: dict[str, torch.Tensor] | None = None
-) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter under the names of PEFT's file, the live ones where that is so.
-
-    Args:
-        model: A PEFT model.
-        adapter: Name of the adapter.
-        embeddings: Whether the embedding layers of the base model are wanted.
-        live: What `live_tensors` gives, if the caller has it.
-    """
-    from peft import get_peft_model_state_dict
-
-    tensors = get_peft_model_state_dict(
-        model,
-        state_dict=live_tensors(model) if live is None else live,
-        adapter_name=adapter,
-        save_embedding_layers=embeddings,
-    )
-    return dict(sorted(tensors.items()))
 
 
 def tuner_layers(model: nn.Module) -> list[nn.Module]:

@@ -14,6 +14,7 @@ import attrs
 
 from peftstate.errors import AdapterMismatchError
 from peftstate.sections import _origin
+from peftstate.sections._adapter_tensors import adapter_tensors
 from peftstate.sections._base import Section
 from peftstate.sections._base_tensors import base_tensors
 from peftstate.sections._tensors import SidecarTensor, is_readable
@@ -28,9 +29,16 @@ class ExtraTensorsRecord:
 
     Attributes:
         base: Of the base model, by name.
+        adapters: The parameters of each adapter that PEFT does not save.
     """
 
     base: Mapping[str, SidecarTensor]
+    adapters: Mapping[str, Mapping[str, SidecarTensor]]
+
+    def for_adapters(self, names: Collection[str]) -> ExtraTensorsRecord:
+        """The record without the adapters that are not looked at."""
+        kept = {name: tensors for name, tensors in self.adapters.items() if name in names}
+        return attrs.evolve(self, adapters=kept)
 
     def without(self, names: Collection[str]) -> ExtraTensorsRecord:
         """The record without tensors that turned out to be in PEFT's file."""
@@ -54,8 +62,23 @@ def capture(view: ModelView) -> ExtraTensorsRecord:
                 "cannot be saved, for it is quantized or not in this process. "
             )
     return ExtraTensorsRecord(
-        base={name: SidecarTensor.of(f"base.{name}", found[name].tensor) for name in wanted}
+        base={name: SidecarTensor.of(f"base.{name}", found[name].tensor) for name in wanted},
+        adapters={saved: _of_adapter(view, saved) for saved in view.adapters},
     )
+
+
+def _of_adapter(view: ModelView, saved: str) -> dict[str, SidecarTensor]:
+    """The parameters of an adapter that PEFT does not save.
+
+    Buffers are left to be computed again (from a seed, as VeRA's projections are, or from the base
+    model), and compared.
+    """
+    unsaved = adapter_tensors(view, saved, embeddings=False).unsaved
+    return {
+        name: SidecarTensor.of(f"adapters.{saved}.{name}", site.tensor)
+        for name, site in sorted(unsaved.items())
+        if site.leaf in site.module._parameters
+    }
 
 
 def capture_like(view: ModelView, record: ExtraTensorsRecord) -> ExtraTensorsRecord:
@@ -63,11 +86,27 @@ def capture_like(view: ModelView, record: ExtraTensorsRecord) -> ExtraTensorsRec
     found = base_tensors(view)
     return ExtraTensorsRecord(
         base={
-            name: SidecarTensor.of(f"base.{name}", found[name].tensor)
-            for name in record.base
+            name: SidecarTensor.of(saved.tensor, found[name].tensor)
+            for name, saved in record.base.items()
             if name in found
-        }
+        },
+        adapters={
+            adapter: _look_up(view, adapter, tensors)
+            for adapter, tensors in record.adapters.items()
+            if adapter in view.adapters
+        },
     )
+
+
+def _look_up(
+    view: ModelView, saved: str, tensors: Mapping[str, SidecarTensor]
+) -> dict[str, SidecarTensor]:
+    """An adapter's tensors of some names, as they are in a model."""
+    return {
+        site.name: SidecarTensor.of(tensors[site.name].tensor, site.tensor)
+        for site in view.tensors()
+        if site.adapter == view.adapters[saved] and site.name in tensors
+    }
 
 
 def restore(record: ExtraTensorsRecord, view: ModelView) -> None:
@@ -75,6 +114,30 @@ def restore(record: ExtraTensorsRecord, view: ModelView) -> None:
     for name, base in base_tensors(view).items():
         if name in record.base and base.site is not None:
             base.site.replace(record.base[name].load().to(base.tensor.device))
+    restore_adapters(record, view)
+
+
+def restore_adapters(record: ExtraTensorsRecord, view: ModelView) -> None:
+    """Put the saved tensors of the adapters in their places."""
+    for adapter, tensors in record.adapters.items():
+        if adapter not in view.adapters or not tensors:
+            continue
+        live = view.adapters[adapter]
+        if view.model.peft_config[live].is_prompt_learning:
+            _rebuild_prompt_encoder(view, live)
+        for site in view.tensors():
+            if site.adapter == live and site.name in tensors:
+                site.replace(tensors[site.name].load().to(site.tensor.device))
+
+
+def _rebuild_prompt_encoder(view: ModelView, adapter: str) -> None:
+    """Give a prompt its trainable form.
+
+    PEFT loads it as the embedding that its layers computed, without these layers
+    (`peft/tuners/p_tuning/model.py::PromptEncoder.__init__`).
+    """
+    view.model.peft_config[adapter].inference_mode = False
+    view.model._setup_prompt_encoder(adapter)
 
 
 SECTION = Section(
@@ -83,5 +146,6 @@ SECTION = Section(
     capture=capture,
     capture_like=capture_like,
     restore=restore,
+    per_adapter=True,
     error=AdapterMismatchError,
 )

@@ -1,0 +1,98 @@
+"""The tensors of an adapter: those that PEFT saves, under the names of its file, and the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import attrs
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from peftstate.sections._view import ModelView
+    from peftstate.sections._walk import TensorSite
+
+
+@attrs.frozen(kw_only=True)
+class AdapterTensors:
+    """The tensors of one adapter in a model.
+
+    Attributes:
+        saved: Those in PEFT's file that are live tensors themselves, by their names in the file.
+        computed: Those in PEFT's file that PEFT computes when it saves, such as a prompt's
+            embedding, by their names in the file. What they are computed from is `unsaved`.
+        unsaved: The adapter's live tensors that are not in PEFT's file, by their own names.
+    """
+
+    saved: dict[str, torch.Tensor]
+    computed: dict[str, torch.Tensor]
+    unsaved: dict[str, TensorSite]
+
+
+def adapter_tensors(
+    view: ModelView, saved: str, *, embeddings: bool, names: Collection[str] | None = None
+) -> AdapterTensors:
+    """Tell the tensors of an adapter apart.
+
+    Args:
+        view: The model.
+        saved: The adapter's name in the manifest.
+        embeddings: Whether PEFT's file has the embedding layers of the base model too.
+        names: The names in the file; by default those that PEFT would write now.
+    """
+    adapter = view.adapters[saved]
+    live = live_tensors(view.model)
+    identities = {id(tensor) for tensor in live.values()}
+    in_file = {
+        name: tensor
+        for name, tensor in file_tensors(
+            view.model, adapter, embeddings=embeddings, live=live
+        ).items()
+        if names is None or name in names
+    }
+    held = {id(tensor) for tensor in in_file.values()}
+    return AdapterTensors(
+        saved={name: tensor for name, tensor in in_file.items() if id(tensor) in identities},
+        computed={name: tensor for name, tensor in in_file.items() if id(tensor) not in identities},
+        unsaved={
+            site.name: site
+            for site in view.tensors()
+            if site.adapter == adapter and id(site.tensor) not in held
+        },
+    )
+
+
+def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What ``model.state_dict()`` would hold, without calling it.
+
+    `bitsandbytes.nn.Linear4bit._save_to_state_dict` unpacks a layer that has run on the CPU, which
+    moves its values; nothing here touches a tensor.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and leaf not in module._non_persistent_buffers_set:
+                tensors[prefix + leaf] = tensor
+    return tensors
+
+
+def file_tensors(
+    model: nn.Module, adapter: str, *, embeddings: bool, live: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter under the names of PEFT's file, the live ones where that is so.
+
+    Args:
+        model: A PEFT model.
+        adapter: Name of the adapter in the model.
+        embeddings: Whether the embedding layers of the base model are wanted.
+        live: What `live_tensors` gives.
+    """
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(
+        model, state_dict=live, adapter_name=adapter, save_embedding_layers=embeddings
+    )
+    return dict(sorted(tensors.items()))

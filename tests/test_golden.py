@@ -1,0 +1,91 @@
+"""Folders that earlier releases wrote: each of them still loads, as the model that was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+
+import peftstate
+from peftstate.manifest import SCHEMA_VERSION, Manifest
+from peftstate.sections import environment
+from peftstate.sections._view import ModelView
+from tests.golden.make import CASES, HERE, load_base, logits, processor
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::peftstate.errors.StateMismatchWarning"),
+    pytest.mark.filterwarnings("ignore::peftstate.errors.TrainModeWarning"),
+]
+
+FOLDERS = sorted(path for path in HERE.glob("schema-*/*") if (path / "peftstate.json").exists())
+TOLERANCE = {"nf4-kbit": 0.1}
+"""How far logits may be off elsewhere: some processors round the scales of 4-bit weights."""
+
+
+def _id(folder: Path) -> str:
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def _load(folder: Path) -> Any:
+    """Load a golden folder onto its base model."""
+    base = load_base(folder.name, folder.parent / "base-llama")
+    return peftstate.PeftModel.from_pretrained(base, folder)
+
+
+def test_folders() -> None:
+    """The current schema has every case."""
+    current = {path.name for path in FOLDERS if path.parent.name == f"schema-{SCHEMA_VERSION}"}
+    assert current == CASES.keys()
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=_id)
+def test_logits(folder: Path) -> None:
+    """A golden folder gives the logits it was saved with: in its environment to the last bit."""
+    model = _load(folder)
+    recorded = peftstate.read_manifest(folder).sections["environment"]
+    same_place = recorded == environment.capture(ModelView.of(model))
+    with safetensors.safe_open(folder.with_suffix(".safetensors"), "pt") as file:
+        expected = file.get_tensor("logits")
+        same_place = same_place and file.metadata()["processor"] == processor()
+    found = logits(model)
+    if same_place:
+        assert torch.equal(found, expected)
+    tolerance = TOLERANCE.get(folder.name, 1e-4)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=_id)
+def test_state(folder: Path) -> None:
+    """What a golden folder restores is all that it holds, but for the environment."""
+    report = peftstate.verify(_load(folder), folder)
+    differing = {mismatch.section for mismatch in report.mismatches}
+    assert differing <= {"environment", "runtime"}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=_id)
+def test_files(folder: Path) -> None:
+    """Nobody has edited a golden folder."""
+    assert peftstate.verify_files(folder).ok
+
+
+@pytest.mark.parametrize(
+    "path", sorted(HERE.glob(f"schema-{SCHEMA_VERSION}/**/peftstate.json")), ids=lambda p: _id(p.parent)
+)
+def test_bytes(path: Path) -> None:
+    """A manifest of the current schema is written as it was read, to the last byte."""
+    data = path.read_bytes()
+    assert Manifest.from_json(data, path=str(path)).to_json() == data
+
+
+def test_extra_adapter() -> None:
+    """An extra adapter's folder is complete in itself."""
+    folder = HERE / "schema-1" / "two-adapters"
+    model = _load(folder)
+    assert list(model.peft_config) == ["default", "ref"]
+    base = load_base("two-adapters", folder.parent / "base-llama")
+    alone = peftstate.PeftModel.from_pretrained(base, folder / "ref")
+    model.set_adapter("ref")
+    assert torch.equal(logits(alone), logits(model))
