@@ -431,6 +431,38 @@ def test_manifests_move_last(tmp_path: Path) -> None:
     assert len(moved) == 6
 
 
+def test_all_is_on_disk_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are forced to disk before the commit, the commit before moves, and moves at the end."""
+    save(tmp_path, "1")
+    synced: list[set[int]] = [set()]
+    calls = []
+
+    def observe(name: str) -> None:
+        real = getattr(os, name)
+
+        def observed(path: Path, *rest: Path) -> None:
+            calls.append((name, Path(path)))
+            synced.append(set())
+            real(path, *rest)
+
+        monkeypatch.setattr(os, name, observed)
+
+    monkeypatch.setattr(os, "fsync", lambda file: synced[-1].add(os.fstat(file).st_ino))
+    for name in ("rename", "replace", "rmdir"):
+        observe(name)
+    save(tmp_path, "3")
+    names = [name for name, _ in calls]
+    commit, removal = names.index("rename"), names.index("rmdir")
+    assert names == ["rename"] + ["replace"] * 8 + ["rmdir"] * 2
+    assert {(tmp_path / name).stat().st_ino for name in saved_files("3") - {EXTRA}} <= synced[
+        commit
+    ]
+    assert len(synced[commit]) == 8 + 2
+    folders = {folder.stat().st_ino for folder in (tmp_path, tmp_path / EXTRA)}
+    assert tmp_path.stat().st_ino in synced[commit + 1]
+    assert folders <= synced[removal]
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_something_in_the_way(tmp_path: Path, kind: str) -> None:
     """What could not be moved to its place is refused before anything is committed."""

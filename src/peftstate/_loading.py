@@ -64,6 +64,7 @@ def load_model(
     own = source.own_adapter
 
     def steps() -> tuple[peft.PeftModel, _origin.Origin]:
+        _spare_data(bare, names=manifest.sections["base_model"].shadowed)
         prepare_base(bare, manifest, plan)
         with readable_by_peft(source, own) as folder:
             model = inject(folder, source.adapters[own].peft_config())
@@ -104,6 +105,7 @@ def load_adapter(
     check_base(ModelView(model=view.base), manifest, plan)
 
     def steps() -> Any:
+        _spare_data(view, adapter=name)
         with readable_by_peft(source, own) as folder:
             result = load(model, folder, name)
         set_tensors(view, source.adapters, manifest)
@@ -115,6 +117,19 @@ def load_adapter(
         return result
 
     return undone_on_failure(model, steps, keep_rng=True)
+
+
+def _spare_data(view: ModelView, *, names: Collection[str] = (), adapter: str = "") -> None:
+    """Give tensors other memory, for PEFT loads by writing into them.
+
+    Args:
+        view: The model, of which a snapshot was taken.
+        names: Names of tensors of the base model.
+        adapter: Name of an adapter, if all its tensors are meant.
+    """
+    for site in view.tensors():
+        if (site.part == "base" and site.name in names) or (adapter and site.adapter == adapter):
+            site.tensor.data = site.tensor.data.clone()
 
 
 def for_adapters(manifest: Manifest, names: Collection[str]) -> Manifest:

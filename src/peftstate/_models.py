@@ -175,7 +175,7 @@ class PeftModel(peft.PeftModel):
                 del kwargs[name]
             source = read_source(folder, adapters)
             plan = _plan(policy, source, is_trainable=is_trainable)
-            trainable = _is_trainable_in_peft(source, is_trainable=is_trainable)
+            trainable = _is_trainable_in_peft(source, policy, is_trainable=is_trainable)
             loaded, origin = load_model(
                 model,
                 source,
@@ -382,12 +382,14 @@ def _plan(policy: Policy, source: Source, *, is_trainable: bool | None) -> Plan:
     return Plan(policy=policy)
 
 
-def _is_trainable_in_peft(source: Source, *, is_trainable: bool | None) -> bool:
+def _is_trainable_in_peft(source: Source, policy: Policy, *, is_trainable: bool | None) -> bool:
     """What PEFT is told, which refuses to load prompts for training; `training` restores that."""
     if source.is_prompt_learning:
         return False
+    if is_trainable is not None:
+        return is_trainable
     saved: bool = source.manifest.sections["training"].trains_adapter
-    return saved if is_trainable is None else is_trainable
+    return saved and policy.handles("training")
 
 
 def _live_names(source: Source, adapter_name: str) -> dict[str, str]:

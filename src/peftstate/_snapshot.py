@@ -44,7 +44,8 @@ class Snapshot:
     """The modules of a model, what hangs on them, and the data of its tensors.
 
     It holds references only, no copies: what a load changes, it changes by putting something else
-    in its place (`peft` injects layers, casts replace data), never element by element.
+    in its place (PEFT injects layers, casts replace data). Where PEFT writes into a tensor, the
+    load gives it other memory first.
     """
 
     attributes: tuple[_Attributes, ...]

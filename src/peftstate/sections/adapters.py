@@ -67,7 +67,8 @@ class AdaptersRecord:
 
     Attributes:
         adapters: The adapters by name, which is also the order they are loaded in.
-        active: Names of the active ones.
+        active: Names of the active ones; empty if none of these was, which says nothing of a model
+            that has no others.
         enabled: Whether the active ones are applied at all.
         merged: Names of those merged into the base model.
     """
@@ -94,7 +95,8 @@ def capture(view: ModelView) -> AdaptersRecord:
 
 def capture_like(view: ModelView, record: AdaptersRecord) -> AdaptersRecord:
     """Capture for a comparison with a record: of the tensors that were saved."""
-    return _capture(view, record.adapters)
+    found = _capture(view, record.adapters)
+    return found if record.active else attrs.evolve(found, active=())
 
 
 def _capture(view: ModelView, like: Mapping[str, AdapterRecord]) -> AdaptersRecord:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 NOT_SAVED = frozenset(
     {
         "transformers_version",  # is in `environment`
-        "_from_model_config",  # a mark of transformers' own migration
         "_commit_hash",  # is in `base_model`
         "compile_config",  # an object; compiling is up to the caller
         "continuous_batching_config",  # an object, of a server's scheduler

@@ -32,7 +32,7 @@ class PythonRng:
 
     Attributes:
         version: Version of the state, as `random.getstate` gives it.
-        state: uint32, shape (625,): the Mersenne twister and its position.
+        state: int64, shape (625,): the Mersenne twister and its position.
         gauss: The second normal number of a pair, if `random.gauss` has one in hand.
     """
 
@@ -46,7 +46,7 @@ class NumpyRng:
     """The global generator of `numpy.random`, a Mersenne twister.
 
     Attributes:
-        state: uint32, shape (624,).
+        state: int64, shape (624,).
         position: Position in the state.
         gauss: The second normal number of a pair, if there is one in hand.
     """
@@ -74,10 +74,10 @@ class RngRecord:
 
 
 def _words(name: str, words: object) -> SidecarTensor:
-    """32-bit words, as they stand in the sidecar."""
+    """32-bit words, as they stand in the sidecar: older safetensors knows no uint32."""
     import torch
 
-    return SidecarTensor.of(name, torch.tensor(words, dtype=torch.int64).to(torch.uint32))
+    return SidecarTensor.of(name, torch.tensor(words, dtype=torch.int64))
 
 
 def capture(_: ModelView) -> RngRecord:
@@ -168,10 +168,7 @@ def _set(record: RngRecord) -> None:
 
 def _ints(state: SidecarTensor) -> list[int]:
     """The words of a state."""
-    import torch
-
-    words: torch.Tensor = state.load()
-    return [int(word) for word in words.to(torch.int64).tolist()]
+    return [int(word) for word in state.load().tolist()]
 
 
 SECTION = Section(
