@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -347,7 +348,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer for the repo, for the list of its files, or for a file."""
-        path = self.path.partition("?")[0]
+        path = urllib.parse.unquote(self.path.partition("?")[0])
         tree = [
             {"type": "file", "path": name, "size": len(data), "oid": f"{number:040x}"}
             for number, (name, data) in enumerate(self.files.items())
@@ -387,7 +388,9 @@ def hub() -> Iterator[tuple[str, list[str]]]:
         MANIFEST_NAME,
         "peftstate.rank-00001-of-00002.tensors",
     )
-    files = {f"{folder}{name}": f"{folder}{name}" for folder in ("", "extra/") for name in names}
+    files = {
+        f"{folder}{name}": f"{folder}{name}" for folder in ("", "extra/", "e[x]/") for name in names
+    }
     files |= {name: name for name in ("model.safetensors", "README.md", f"{COMPLETE_NAME}/x.json")}
     asked: list[str] = []
     members = {"files": {name: text.encode() for name, text in files.items()}, "asked": asked}
@@ -400,7 +403,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
         thread.join()
 
 
-@pytest.mark.parametrize("subfolder", [None, "extra"])
+@pytest.mark.parametrize("subfolder", [None, "extra", "e[x]"])
 def test_open_repo(tmp_path: Path, hub: tuple[str, list[str]], subfolder: str | None) -> None:
     """Of a repo, only the adapter's files are downloaded, and only those of the folder."""
     endpoint, asked = hub

@@ -8,7 +8,8 @@ own classes, which are then given ours.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from peftstate._storage import MANIFEST_NAME
 from peftstate._warn import warn
 from peftstate.errors import ManifestNotFoundError, MissingManifestWarning, TrainModeWarning
 from peftstate.sections import _origin
-from peftstate.sections._view import ModelView
+from peftstate.sections._view import FINGERPRINTS, ModelView
 
 if TYPE_CHECKING:
     from peftstate._source import Source
@@ -80,23 +81,26 @@ class PeftModel(peft.PeftModel):
         """
         if os.path.isfile(save_directory):  # noqa: PTH113 - PEFT's own words for this follow
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
-        given_state = kwargs.pop("state_dict", None)
+        converts = path_initial_model_for_weight_conversion is not None
 
         def write(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
-            super(PeftModel, self).save_pretrained(
-                str(folder),
-                safe_serialization,
-                selected_adapters,
-                save_embedding_layers,
-                is_main_process,
-                path_initial_model_for_weight_conversion,
-                state_dict=given_state if given_state is not None else state,
-                **kwargs,
-            )
+            # To convert, PEFT loads the initial adapter into this model, and takes its state then.
+            given = kwargs if converts else {"state_dict": state, **kwargs}
+            with _as_pefts_own(self) if converts else nullcontext():
+                peft.PeftModel.save_pretrained(
+                    self,
+                    str(folder),
+                    safe_serialization,
+                    selected_adapters,
+                    save_embedding_layers,
+                    is_main_process,
+                    path_initial_model_for_weight_conversion,
+                    **given,
+                )
 
         if is_main_process:
             view = _view_to_save(self, selected_adapters, fingerprint)
-            save(view, Path(save_directory), write)
+            save(view, Path(save_directory), write, restores_base=converts)
         else:
             write(Path(save_directory), {})
 
@@ -326,6 +330,17 @@ def _attach(model: peft.PeftModel, origin: _origin.Origin) -> PeftModel:
     return model
 
 
+@contextmanager
+def _as_pefts_own(model: PeftModel) -> Iterator[None]:
+    """Have a model be of PEFT's own class for a while, so that what PEFT calls on it is PEFT's."""
+    ours = type(model)
+    model.__class__ = next(theirs for theirs, cls in _CLASSES.items() if cls is ours)
+    try:
+        yield
+    finally:
+        model.__class__ = ours
+
+
 def get_peft_model(model: torch.nn.Module, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> Any:
     """`peft.get_peft_model`, and `attach`.
 
@@ -410,6 +425,8 @@ def _view_to_save(model: PeftModel, selected: list[str] | None, fingerprint: str
     Raises:
         ValueError: There is no such adapter, or no such fingerprint.
     """
+    if fingerprint not in FINGERPRINTS:
+        raise ValueError(f"{fingerprint=} is none of {FINGERPRINTS}")
     view = ModelView.of(model, fingerprint=fingerprint)
     names = list(view.adapters) if selected is None else selected
     if unknown := [name for name in names if name not in view.adapters]:

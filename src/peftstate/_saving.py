@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from peftstate._storage import (
 from peftstate._weights import parse_weights
 from peftstate.errors import PeftStateError, SaveError
 from peftstate.manifest import FileRecord, Manifest
-from peftstate.sections import SECTIONS, adapters
+from peftstate.sections import SECTIONS, _origin, adapters
 from peftstate.sections._adapter_tensors import adapter_tensors, live_tensors
 from peftstate.sections._tensors import sidecar_tensors, tensor_records
 
@@ -48,13 +48,17 @@ def capture_sections(view: ModelView) -> dict[str, Any]:
     }
 
 
-def save(view: ModelView, directory: Path, write: WriteAdapter) -> Manifest:
+def save(
+    view: ModelView, directory: Path, write: WriteAdapter, *, restores_base: bool = False
+) -> Manifest:
     """Save a model's adapters, and its state beside each of them.
 
     Args:
         view: The model and the adapters to save.
         directory: The folder; the adapters that are not called ``"default"`` go to sub-folders.
         write: How PEFT writes them.
+        restores_base: Whether PEFT converts an adapter whose initialisation rewrote the base model
+            (PiSSA and its kin) into one for the base model as its checkpoint gives it.
 
     Returns:
         The manifest of the folder, or of the first adapter's sub-folder if none is in the folder.
@@ -63,7 +67,7 @@ def save(view: ModelView, directory: Path, write: WriteAdapter) -> Manifest:
         SaveError: The state cannot be saved. `rescued` is a folder that holds what PEFT saves.
     """
     try:
-        return _save(view, directory, write)
+        return _save(view, directory, write, restores_base=restores_base)
     except SaveError:
         raise
     except OSError as error:
@@ -77,9 +81,15 @@ def save(view: ModelView, directory: Path, write: WriteAdapter) -> Manifest:
         raise SaveError(message, rescued=rescued) from error
 
 
-def _save(view: ModelView, directory: Path, write: WriteAdapter) -> Manifest:
+def _save(
+    view: ModelView, directory: Path, write: WriteAdapter, *, restores_base: bool
+) -> Manifest:
     """Save, all or nothing."""
     records = capture_sections(view)
+    if restores_base:
+        original = _origin.originals(view, records["extra_tensors"].base)
+        records["base_model"] = records["base_model"].with_original(original)
+        records["extra_tensors"] = records["extra_tensors"].without(original)
     manifests: dict[str, Manifest] = {}
     with staged(directory) as staging:
         readme = directory / README_NAME
@@ -102,11 +112,13 @@ def _folders(view: ModelView) -> list[tuple[ModelView, str]]:
 
 def _for_folder(records: Mapping[str, Any], view: ModelView) -> dict[str, Any]:
     """The records as one folder holds them: of its own adapters."""
-    return {
-        section.name: section.capture(view) if section.per_adapter else records[section.name]
-        for section in SECTIONS
-        if section.name in records
+    per_adapter = {section.name for section in SECTIONS if section.per_adapter}
+    narrowed = {
+        name: record.for_adapters(view.adapters) if name in per_adapter else record
+        for name, record in records.items()
     }
+    narrowed["adapters"] = narrowed["adapters"].in_folders(view.folders)
+    return narrowed
 
 
 def _remove_stale(view: ModelView, staging: Path) -> None:
@@ -154,7 +166,7 @@ def _describe_written(
     weights = next(name for name in WEIGHTS_NAMES if (folder / name).exists())
     data = (folder / weights).read_bytes()
     tensors = parse_weights(weights, data)
-    _refuse_unloadable(tensors)
+    _refuse_unloadable(tensors, record.tensors)
     config = json.loads((folder / ADAPTER_CONFIG_NAME).read_bytes())
     described = attrs.evolve(
         record,
@@ -165,12 +177,21 @@ def _describe_written(
     return described, {weights: FileRecord(size=len(data), sha256=file_digest(data))}
 
 
-def _refuse_unloadable(tensors: Mapping[str, torch.Tensor]) -> None:
+def _refuse_unloadable(tensors: Mapping[str, torch.Tensor], live: Collection[str]) -> None:
     """Refuse what PEFT writes without a word and can never load again.
+
+    Args:
+        tensors: What PEFT wrote.
+        live: The names of the tensors that the adapter in the model has.
 
     Raises:
         ValueError: The text says what to do.
     """
+    for name in sorted(set(live) - tensors.keys()):
+        raise ValueError(
+            f"the adapter's tensor {name!r} is not in the state_dict= that was passed; its names must "
+            "be those of the model itself, without what torch.compile or FSDP put before them"
+        )
     for name, tensor in tensors.items():
         for mark, remedy in _WRAPPED.items():
             if mark in name:

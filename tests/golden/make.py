@@ -1,9 +1,10 @@
 """Write the golden folders of the current schema: saves that every later release must load.
 
-Run once per schema, in the environment of `constraints.txt`, right before the first release that
-writes it::
+Run once per schema, right before the first release that writes it, with the oldest PEFT and
+transformers (``make test-oldest`` makes the environment), since only newer ones read what they
+write::
 
-    python tests/golden/make.py
+    .venv-oldest/bin/python tests/golden/make.py
 
 Makes ``schema-<number>/<case>`` for each of `CASES` that is not there yet, and the base model that
 they share. What is there is never written again: folders are added, not edited.
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import safetensors.torch
 import torch
 import transformers
@@ -31,7 +33,7 @@ IDS = torch.arange(4, 16).reshape(2, 6)
 
 
 def make_base(folder: Path) -> None:
-    """Save the base model: as small as can be, of dimensions that bitsandbytes repacks.
+    """Save the base model: as small as can be, of dimensions that bitsandbytes packs.
 
     It is in bf16, so that it holds the same values in whatever dtype it is loaded.
     """
@@ -52,27 +54,29 @@ def make_base(folder: Path) -> None:
     transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
 
 
-def load_base(case: str, root: Path) -> Any:
-    """Load the base model of a case, as somebody does who loads its adapter.
+def _in_fp32(base: Path) -> Any:
+    """The base model as it is, in fp32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 
-    Args:
-        case: One of `CASES`.
-        root: The folder of the base model.
-    """
-    if case == "classifier":
-        return transformers.AutoModelForSequenceClassification.from_pretrained(
-            root, num_labels=3, dtype=torch.float32
-        )
-    options: dict[str, Any] = {"dtype": torch.float32}
-    if case == "nf4-kbit":
-        quantization = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        options = {"dtype": torch.bfloat16, "quantization_config": quantization}
-    return transformers.AutoModelForCausalLM.from_pretrained(root, **options)
+
+def _in_nf4(base: Path) -> Any:
+    """The base model as QLoRA has it."""
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=quantization
+    )
+
+
+def _with_head(base: Path) -> Any:
+    """The base model under a new head."""
+    return transformers.AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=3, dtype=torch.float32
+    )
 
 
 def _lora(base: Any, **fields: Any) -> Any:
@@ -94,19 +98,19 @@ def _config(**fields: Any) -> LoraConfig:
 
 
 def _causal_lm(base: Any) -> Any:
-    """An adapter in fp32, saved for inference, with edits that PEFT does not save."""
+    """An adapter saved for inference, with what PEFT does not save: a trained norm, an edit."""
     model = _lora(base)
+    model.get_base_model().model.norm.weight.data *= 1.25
     model.generation_config.temperature = 0.7
     return model.eval()
 
 
 def _nf4_kbit(base: Any) -> Any:
-    """A quantized base after k-bit preparation, saved in the middle of the training.
+    """A model after k-bit preparation, saved in the middle of the training.
 
     It has not been run, so that its layers are in the form that every machine can have.
     """
-    model = _lora(prepare_model_for_kbit_training(base))
-    return model.train()
+    return _lora(prepare_model_for_kbit_training(base)).train()
 
 
 def _two_adapters(base: Any) -> Any:
@@ -117,17 +121,30 @@ def _two_adapters(base: Any) -> Any:
 
 
 def _classifier(base: Any) -> Any:
-    """A sequence classifier, whose fresh head is saved with the adapter."""
+    """A sequence classifier, whose new head is saved with the adapter."""
     return _lora(base, task_type="SEQ_CLS", modules_to_save=["score"]).eval()
 
 
-CASES: dict[str, Callable[[Any], Any]] = {
-    "causal-lm": _causal_lm,
-    "nf4-kbit": _nf4_kbit,
-    "two-adapters": _two_adapters,
-    "classifier": _classifier,
+@attrs.frozen
+class Case:
+    """What one golden folder holds.
+
+    Attributes:
+        load: Loads the base model from its folder, as somebody does who loads the adapter.
+        wrap: Makes the model that is saved of it.
+    """
+
+    load: Callable[[Path], Any]
+    wrap: Callable[[Any], Any]
+
+
+CASES = {
+    "causal-lm": Case(_in_fp32, _causal_lm),
+    "nf4-kbit": Case(_in_nf4, _nf4_kbit),
+    "two-adapters": Case(_in_fp32, _two_adapters),
+    "classifier": Case(_with_head, _classifier),
 }
-"""What each golden folder holds, by its name: how the model is made of its base."""
+"""The cases by the names of their folders."""
 
 
 def processor() -> str:
@@ -153,7 +170,7 @@ def logits(model: Any) -> torch.Tensor:
 def make(case: str) -> None:
     """Save a case in the working directory, and beside it what the model says to `IDS`."""
     transformers.set_seed(1)
-    model = CASES[case](load_base(case, Path(BASE)))
+    model = CASES[case].wrap(CASES[case].load(Path(BASE)))
     model.save_pretrained(case)
     safetensors.torch.save_file(
         {"logits": logits(model)}, f"{case}.safetensors", {"processor": processor()}
@@ -166,7 +183,7 @@ def main() -> None:
     root.mkdir(exist_ok=True)
     os.chdir(root)  # PEFT writes the base model's path into its files: a relative one
     if not Path(BASE).exists():
-        torch.manual_seed(0)
+        transformers.set_seed(0)
         make_base(Path(BASE))
     for case in CASES:
         if not Path(case).exists():

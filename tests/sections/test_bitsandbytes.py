@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import bitsandbytes.functional
@@ -210,6 +211,27 @@ def test_embeddings_have_canonical_tensors():
     assert set(before[1]) == {"weight", "weight.SCB"}
     assert same(canonical_tensors(four), before[0])
     assert same(canonical_tensors(eight), before[1])
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes.nn.parametrize") is None, reason="since 0.48")
+def test_a_parametrized_weight_has_canonical_tensors():
+    """Its nibbles are a parameter, the scales hang on bitsandbytes' parametrization."""
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    module: Any = nn.Linear(64, 64, dtype=torch.float16)
+    replace_parameter_4bit(module, "weight", compress_statistics=True)
+    parametrization = module.parametrizations["weight"][0]
+    tensors = canonical_tensors(parametrization)
+    assert tensors is not None
+    assert set(tensors) == {"absmax", "shape"}
+    assert tensors["absmax"].shape == (64,)
+    assert _bitsandbytes.settings_of(parametrization) == LayerSettings(
+        kind="Bnb4bitParametrization",
+        quant_type="nf4",
+        blocksize=64,
+        double_quant=True,
+        dtype="float16",
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -9,7 +10,7 @@ import attrs
 import pytest
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 from peftstate.sections import generation
 from peftstate.sections._view import ModelView
@@ -87,9 +88,26 @@ EXAMPLES: dict[str, Any] = {
     "typical_p": 0.8,
     "use_cache": False,
     "use_mtp": True,
-    "watermarking_config": {"greenlist_ratio": 0.25, "bias": 2.0},
+    "watermarking_config": WatermarkingConfig(bias=3.0, seeding_scheme="selfhash"),
 }
 """A value for each field that is restored, of all versions of transformers that are supported."""
+
+
+@pytest.fixture(scope="module")
+def _models(load_base):
+    """Two models, loaded once."""
+    return load_base("bf16"), load_base("bf16")
+
+
+@pytest.fixture
+def models(_models):
+    """Two equal models, of which tests edit the configs alone."""
+    configs = [(model.generation_config, model.config.use_cache) for model in _models]
+    for model in _models:
+        model.generation_config = copy.deepcopy(model.generation_config)
+    yield _models
+    for model, (config, use_cache) in zip(_models, configs, strict=True):
+        model.generation_config, model.config.use_cache = config, use_cache
 
 
 def capture(model: nn.Module) -> GenerationRecord:
@@ -105,23 +123,36 @@ def restore(record: GenerationRecord, model: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("name", sorted(GenerationConfig().to_dict().keys() - NOT_SAVED))
-def test_field_is_restored(name, load_base):
+def test_field_is_restored(name, models):
     """A field of the generation config, set on the live model, is there again after a load.
 
     A field without an example is new in transformers: it needs one here, or a reason in
     `NOT_SAVED`.
     """
-    model, base = load_base("bf16"), load_base("bf16")
+    model, base = models
     setattr(model.generation_config, name, EXAMPLES[name])
     record = capture(model)
     assert restore(record, base) == []
-    assert getattr(base.generation_config, name) == EXAMPLES[name]
+    found = getattr(base.generation_config, name)
+    assert type(found) is type(EXAMPLES[name])
+    assert found == EXAMPLES[name] or vars(found) == vars(EXAMPLES[name])
+
+
+def test_watermarks_are_told_apart(models):
+    """`generate` gets an object of the class that was set, with its fields."""
+    model, base = models
+    mark = SynthIDTextWatermarkingConfig(ngram_len=5, keys=[3, 4])
+    model.generation_config.watermarking_config = mark
+    assert restore(capture(model), base) == []
+    found = base.generation_config.watermarking_config
+    assert type(found) is SynthIDTextWatermarkingConfig
+    assert vars(found) == vars(mark)
 
 
 @pytest.mark.parametrize("name", sorted(NOT_SAVED))
 def test_field_that_is_not_saved_is_a_field(name):
     """The list of exceptions holds no name that no transformers has."""
-    assert hasattr(GenerationConfig(), name) or name in ("_commit_hash", "_from_model_config")
+    assert hasattr(GenerationConfig(), name)
 
 
 def test_fields_that_are_unset_are_not_recorded(load_base):
@@ -133,26 +164,26 @@ def test_fields_that_are_unset_are_not_recorded(load_base):
     assert "transformers_version" not in record.config
 
 
-def test_field_that_was_set_to_nothing_is_restored(load_base):
+def test_field_that_was_set_to_nothing_is_restored(models):
     """`None` may be a choice: no end of sequence, where the fresh model has one."""
-    model, base = load_base("bf16"), load_base("bf16")
+    model, base = models
     model.generation_config.eos_token_id = None
     assert base.generation_config.eos_token_id == 2
     assert restore(capture(model), base) == []
     assert base.generation_config.eos_token_id is None
 
 
-def test_values_that_contradict_each_other_are_restored(load_base):
+def test_values_that_contradict_each_other_are_restored(models):
     """Whatever a session left on the live model is put back, without transformers' opinion of it."""
-    model, base = load_base("bf16"), load_base("bf16")
+    model, base = models
     model.generation_config.temperature = 0.5  # without sampling
     model.generation_config.num_return_sequences = 4  # of one beam
     assert restore(capture(model), base) == []
 
 
-def test_generation_goes_on_as_saved(load_base, with_lora):
+def test_generation_goes_on_as_saved(models):
     """The restored model stops at the same token and takes the same choices."""
-    model, other = load_base("bf16"), load_base("bf16")
+    model, other = models
     ids = torch.arange(4, 10).reshape(1, 6)
     model.generation_config.max_new_tokens = 5
     model.generation_config.repetition_penalty = 3.0
@@ -164,9 +195,9 @@ def test_generation_goes_on_as_saved(load_base, with_lora):
     assert torch.equal(other.generate(input_ids=ids), stopped)
 
 
-def test_use_cache_is_restored(load_base):
+def test_use_cache_is_restored(models):
     """`prepare_model_for_kbit_training` and trainers switch the cache off on the config."""
-    model, base = load_base("bf16"), load_base("bf16")
+    model, base = models
     model.config.use_cache = False
     assert restore(capture(model), base) == []
     assert base.config.use_cache is False
@@ -186,9 +217,9 @@ def test_fields_that_nobody_knows_are_a_difference(load_base):
     assert callable(base.generation_config.validate)
 
 
-def test_fields_of_a_model_of_its_own_are_restored(load_base):
+def test_fields_of_a_model_of_its_own_are_restored(models):
     """Some models (Whisper) have more fields, which the fresh one has, too."""
-    model, base = load_base("bf16"), load_base("bf16")
+    model, base = models
     model.generation_config.no_timestamps_token_id = 3
     base.generation_config.no_timestamps_token_id = 4
     assert restore(capture(model), base) == []

@@ -44,7 +44,8 @@ def adapter_tensors(
     """
     adapter = view.adapters[saved]
     live = live_tensors(view.model)
-    identities = {id(tensor) for tensor in live.values()}
+    sites = [site for site in view.tensors() if site.adapter == adapter]
+    identities = {id(tensor) for tensor in (*live.values(), *(site.tensor for site in sites))}
     in_file = {
         name: tensor
         for name, tensor in file_tensors(
@@ -56,11 +57,7 @@ def adapter_tensors(
     return AdapterTensors(
         saved={name: tensor for name, tensor in in_file.items() if id(tensor) in identities},
         computed={name: tensor for name, tensor in in_file.items() if id(tensor) not in identities},
-        unsaved={
-            site.name: site
-            for site in view.tensors()
-            if site.adapter == adapter and id(site.tensor) not in held
-        },
+        unsaved={site.name: site for site in sites if id(site.tensor) not in held},
     )
 
 

@@ -8,7 +8,7 @@ of that, what transformers initialised and did not find in the checkpoint is kno
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
@@ -96,6 +96,14 @@ def changed(view: ModelView) -> frozenset[str]:
     return frozenset(name for name, base in found.items() if not is_same(name, base))
 
 
+def originals(view: ModelView, names: Collection[str]) -> dict[str, TensorRecord | None]:
+    """What weights under adapters were before these rewrote them; `None` where nobody saw that."""
+    origin: Origin | None = getattr(view.model, _ATTRIBUTE, None)
+    known = origin.tensors if origin is not None else {}
+    found = base_tensors(view)
+    return {name: known.get(name) for name in names if _is_adapted(found[name])}
+
+
 def lost(view: ModelView) -> list[str]:
     """The names of the tensors that no file has and that no load would bring about."""
     found = base_tensors(view)
@@ -164,5 +172,10 @@ def _rewritten(view: ModelView, found: Mapping[str, BaseTensor]) -> set[str]:
     return {
         name
         for name, base in found.items()
-        if base.site is not None and base.site.adapted and base.site.leaf == "weight"
+        if _is_adapted(base)
     }
+
+
+def _is_adapted(base: BaseTensor) -> bool:
+    """Whether a tensor is a weight that an adapter applies to."""
+    return base.site is not None and base.site.adapted and base.site.leaf == "weight"

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from peftstate.sections._tensors import TensorRecord
 
+FINGERPRINTS = ("full", "sampled", "off")
+"""What digests of a base model may cover: every byte, some places of each tensor, nothing."""
+
 
 @attrs.frozen(kw_only=True)
 class ModelView:
@@ -23,7 +26,7 @@ class ModelView:
         model: The model.
         adapters: The adapters, in order: name in the manifest → name in the model.
         folders: The folder of each adapter, relative to the manifest's; ``"."`` is its own.
-        fingerprint: What digests of the base model cover: ``"full"``, ``"sampled"`` or ``"off"``.
+        fingerprint: What digests of the base model cover, one of `FINGERPRINTS`.
         memo: Records of the base model's tensors that were made already. A view, and those made
             from it, are for one moment: the model must not change meanwhile.
     """

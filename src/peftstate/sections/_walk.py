@@ -48,7 +48,7 @@ class Site:
 
 @attrs.frozen
 class TensorSite:
-    """A parameter or buffer and the module that holds it.
+    """A parameter, a buffer or another tensor, and the module that holds it.
 
     Attributes:
         part: The part of the model that the tensor belongs to.
@@ -78,8 +78,10 @@ class TensorSite:
         """Put other data, which may have another dtype, in the tensor's place."""
         if self.leaf in self.module._parameters:
             self.tensor.data = tensor
-        else:
+        elif self.leaf in self.module._buffers:
             self.module._buffers[self.leaf] = tensor
+        else:
+            vars(self.module)[self.leaf][self.adapter] = tensor
 
 
 def is_peft_model(model: nn.Module) -> bool:
@@ -135,6 +137,29 @@ def _tensors_of(site: Site, adapters: frozenset[str]) -> Iterator[TensorSite]:
             merged=site.merged,
             adapted=site.adapted,
         )
+    for leaf, tensor in _plain_tensors(module, site.adapter):
+        yield TensorSite(
+            part=site.part,
+            adapter=site.adapter,
+            name=_join(site.name, leaf),
+            module=module,
+            leaf=leaf,
+            tensor=tensor,
+            persistent=False,
+        )
+
+
+def _plain_tensors(module: nn.Module, adapter: str | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that a layer keeps in plain dictionaries, by the adapter's name.
+
+    So do the tuners that train a few entries of a matrix, with the indices of these, drawn from a
+    seed (`peft/tuners/fourierft/layer.py::FourierFTLayer.indices`).
+    """
+    from torch import Tensor
+
+    for leaf, value in vars(module).items():
+        if type(value) is dict and isinstance(tensor := value.get(adapter), Tensor):
+            yield leaf, tensor
 
 
 def _join(name: str, child: str) -> str:
@@ -152,7 +177,6 @@ def is_container(module: nn.Module) -> bool:
 
 def _original_of(module: nn.Module) -> str | None:
     """The attribute under which a layer of PEFT holds the base model's module that it replaces."""
-    from peft.tuners.adaption_prompt.layer import AdaptedAttention
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -160,9 +184,38 @@ def _original_of(module: nn.Module) -> str | None:
         return "original_module"
     if isinstance(module, BaseTunerLayer) and "base_layer" in module._modules:
         return "base_layer"
-    if isinstance(module, AdaptedAttention):
+    if _is_adapted_attention(module):
         return "model"
     return None
+
+
+def _is_adapted_attention(module: nn.Module) -> bool:
+    """Whether a module is an attention layer with PEFT's adaption prompt around it."""
+    from peft.tuners.adaption_prompt.layer import AdaptedAttention, AdaptedAttentionGPT
+
+    return isinstance(module, (AdaptedAttention, AdaptedAttentionGPT))
+
+
+def _cached_layers(model: nn.Module) -> dict[int, list[tuple[str, str, nn.Module]]]:
+    """The layers of adaption prompts that are not in the model now.
+
+    Only those of one adapter are; the tuner keeps the others in a cache
+    (`peft/tuners/adaption_prompt/model.py::AdaptionPromptModel._cached_adapters`).
+
+    Returns:
+        For the module that such a layer goes to, by its identity: the adapter, the name of the
+        layer in that module, the layer.
+    """
+    from peft.tuners.adaption_prompt import AdaptionPromptModel
+
+    found: dict[int, list[tuple[str, str, nn.Module]]] = {}
+    tuner = getattr(model, "base_model", None)
+    if isinstance(tuner, AdaptionPromptModel):
+        for adapter, layers in tuner._cached_adapters.items():
+            key = tuner.peft_config[adapter].target_modules
+            for parent, layer in zip(tuner._parents[adapter], layers, strict=True):
+                found.setdefault(id(parent), []).append((adapter, key, layer))
+    return found
 
 
 @attrs.frozen
@@ -192,6 +245,7 @@ class _Walk:
         self._model = model
         self._base = base_of(model)
         self._adapters = tuple(getattr(model, "peft_config", ())) if is_peft_model(model) else ()
+        self._cached = _cached_layers(model)
         self._seen: set[int] = set()
 
     def run(self) -> Iterator[Site]:
@@ -219,6 +273,8 @@ class _Walk:
             yield from self._walk_layer(module, name, live, original, over)
             return
         yield Site("base", None, name, module, **attrs.asdict(over))
+        for adapter, key, layer in self._cached.get(id(module), ()):
+            yield Site("adapter", adapter, _join(live, key), layer)
         for key, child in module._modules.items():
             if child is not None:
                 yield from self._walk_base(child, _join(name, key), _join(live, key), over)
@@ -231,11 +287,17 @@ class _Walk:
         if replaced is not None:
             yield from self._walk_base(replaced, name, _join(live, original), over.and_by(module))
         members = [name for name in self._adapters if _holds(module, name)]
-        for adapter in members or self._adapters:
+        for adapter in members or self._owners(module):
             yield Site("adapter", adapter, live, module)
         for key, child in module._modules.items():
             if key != original and child is not None:
                 yield from self._walk_shared(child, _join(live, key), members)
+
+    def _owners(self, module: nn.Module) -> tuple[str, ...]:
+        """The adapters of a layer that holds nothing by the names of adapters."""
+        if _is_adapted_attention(module):
+            return tuple(self._model.active_adapters)
+        return self._adapters
 
     def _walk_shared(self, module: nn.Module, live: str, members: list[str]) -> Iterator[Site]:
         """What a layer of PEFT holds: mostly containers whose keys are adapters' names."""

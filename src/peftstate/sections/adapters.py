@@ -87,6 +87,14 @@ class AdaptersRecord:
             merged=tuple(name for name in self.merged if name in names),
         )
 
+    def in_folders(self, folders: Mapping[str, str]) -> AdaptersRecord:
+        """The record as another folder sees it, from which the adapters lie elsewhere."""
+        moved = {
+            name: attrs.evolve(record, folder=folders[name])
+            for name, record in self.adapters.items()
+        }
+        return attrs.evolve(self, adapters=moved)
+
 
 def capture(view: ModelView) -> AdaptersRecord:
     """Describe the adapters in the model."""

@@ -91,6 +91,19 @@ class BaseModelRecord:
     changed: tuple[str, ...]
     shadowed: tuple[str, ...]
 
+    def with_original(self, tensors: Mapping[str, TensorRecord | None]) -> BaseModelRecord:
+        """The record, with tensors as they were before they were changed, where that is known."""
+        described = {
+            name: attrs.evolve(record, digest=None) if name in tensors else record
+            for name, record in self.tensors.items()
+        }
+        described |= {name: record for name, record in tensors.items() if record is not None}
+        return attrs.evolve(
+            self,
+            tensors=described,
+            changed=tuple(sorted(set(self.changed) - tensors.keys())),
+        )
+
     def with_shadowed(self, names: Collection[str]) -> BaseModelRecord:
         """The record, after more tensors turned out to be saved with an adapter."""
         tensors = {

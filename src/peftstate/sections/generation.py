@@ -7,9 +7,10 @@ or does not stop.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -72,23 +73,53 @@ def fields(config: GenerationConfig) -> dict[str, Json]:
         for key, value in config.to_dict().items()
         if key not in NOT_SAVED and not (value is None and key in unset)
     }
-    decoded: dict[str, Json] = json.loads(json.dumps(values, sort_keys=True, default=str))
+    decoded: dict[str, Json] = json.loads(json.dumps(values, sort_keys=True, default=_jsonable))
     return decoded
+
+
+def _jsonable(value: Any) -> Json:
+    """What `json` does not know of a generation config: the objects of `watermarking_config`."""
+    return value.to_dict() if hasattr(value, "to_dict") else str(value)
 
 
 def restore(record: GenerationRecord, view: ModelView) -> None:
     """Give the base model a generation config with the saved fields."""
+    live = _config_of(view)
+    if record.config is not None and live is not None and record.config != fields(live):
+        view.base.generation_config = _config(record.config, live)
+    config = getattr(view.base, "config", None)
+    if record.use_cache is not None and hasattr(config, "use_cache"):
+        config.use_cache = record.use_cache
+
+
+def _config(saved: Mapping[str, Json], live: GenerationConfig) -> GenerationConfig:
+    """A generation config with the saved fields.
+
+    Those that neither this transformers nor the live model knows are left out, and show as a
+    difference. They are set one by one, since the constructor refuses values that contradict each
+    other, which a live model may well have, and drops what it does not know.
+    """
     from transformers import GenerationConfig
 
-    live = _config_of(view)
-    if record.config is not None and live is not None:
-        # The constructor takes any name as an attribute. A manifest may set those that this
-        # transformers, or this model, knows; the rest shows as a difference.
-        known = (GenerationConfig().to_dict().keys() | live.to_dict().keys()) - NOT_SAVED
-        saved = {key: value for key, value in record.config.items() if key in known}
-        view.base.generation_config = GenerationConfig(**saved)
-    if record.use_cache is not None and hasattr(view.base.config, "use_cache"):
-        view.base.config.use_cache = record.use_cache
+    config = GenerationConfig()
+    known = (config.to_dict().keys() | live.to_dict().keys()) - NOT_SAVED
+    for key in known & saved.keys():
+        value = saved[key]
+        if key == "watermarking_config" and isinstance(value, Mapping):
+            value = _watermarking(value)
+        setattr(config, key, copy.deepcopy(value))
+    return config
+
+
+def _watermarking(saved: Mapping[str, Json]) -> Any:
+    """The object that `generate` takes, of the class that has the saved fields."""
+    from transformers import SynthIDTextWatermarkingConfig, WatermarkingConfig
+
+    synth = SynthIDTextWatermarkingConfig(ngram_len=1, keys=[])
+    if saved.keys() == synth.to_dict().keys():
+        return SynthIDTextWatermarkingConfig(**saved)
+    known = WatermarkingConfig().to_dict().keys() & saved.keys()
+    return WatermarkingConfig(**{key: saved[key] for key in known})
 
 
 SECTION = Section(

@@ -42,6 +42,7 @@ _INPUT_HOOK = "enable_input_require_grads.<locals>.make_inputs_require_grads"
 """The hook of transformers that gradient checkpointing over a frozen embedding needs."""
 EXPERTS = frozenset({"eager", "batched_mm", "grouped_mm"})
 """What a manifest may set for the experts of a mixture."""
+_EAGER = "eager"
 
 
 @attrs.frozen(kw_only=True)
@@ -66,7 +67,8 @@ class ImplementationRecord:
     Attributes:
         attention: Of the model's config and of each sub-config: ``""``, ``"text_config"`` →
             ``"sdpa"``.
-        experts: The same for mixtures of experts.
+        experts: The same for mixtures of experts. Eager ones, all that transformers had before
+            version 5, are left out.
         autocast: The wrapper that accelerate left on the model's `forward`, or `None`. It changes
             what calling the model gives; `generate` goes round it.
         hooks: Forward hooks on modules of the base model: ``"model.embed_tokens"`` → names of
@@ -101,7 +103,11 @@ def capture(view: ModelView) -> ImplementationRecord:
 
     return ImplementationRecord(
         attention=values("_attn_implementation"),
-        experts=values("_experts_implementation"),
+        experts={
+            name: value
+            for name, value in values("_experts_implementation").items()
+            if value != _EAGER
+        },
         autocast=_autocast(view.model),
         hooks=_hooks(view),
         kernels=_kernels(view),
@@ -200,9 +206,12 @@ def _restore_autocast(record: ImplementationRecord, model: nn.Module) -> None:
 def _restore_functions(record: ImplementationRecord, view: ModelView) -> None:
     """Set the implementations of attention and experts."""
     found = capture(view)
+    configs = {**found.experts, **record.experts}
+    saved_experts = {name: record.experts.get(name, _EAGER) for name in configs}
+    live_experts = {name: found.experts.get(name, _EAGER) for name in configs}
     for saved, live, allowed, setter in (
         (record.attention, found.attention, ATTENTION, "set_attn_implementation"),
-        (record.experts, found.experts, EXPERTS, "set_experts_implementation"),
+        (saved_experts, live_experts, EXPERTS, "set_experts_implementation"),
     ):
         wanted = {
             name: value

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ACCELERATORS = ("cuda", "xpu", "mps", "npu")
 """Kinds of device whose generators are recorded, as torch names their modules."""
+TWISTER = "MT19937"
+"""The only kind of generator that numpy's old interface knows, and that a manifest has."""
 
 
 @attrs.frozen(kw_only=True)
@@ -86,18 +88,27 @@ def capture(_: ModelView) -> RngRecord:
 
 
 def states() -> RngRecord:
-    """The states of the generators of this process."""
+    """The states of the generators of this process.
+
+    Raises:
+        ValueError: numpy's global generator is not the one it has by default.
+    """
     import numpy as np
     import torch
 
     version, words, gauss = random.getstate()
-    _kind, key, position, has_gauss, cached = np.random.get_state(legacy=True)
+    numpy = np.random.get_state(legacy=False)
+    if numpy["bit_generator"] != TWISTER:
+        raise ValueError(
+            f"numpy's global generator is a {numpy['bit_generator']}, of which the state is not "
+            f"saved; give it a {TWISTER} with numpy.random.set_bit_generator"
+        )
     return RngRecord(
         python=PythonRng(version=version, state=_words("rng.python", words), gauss=gauss),
         numpy=NumpyRng(
-            state=_words("rng.numpy", key.tolist()),
-            position=int(position),
-            gauss=float(cached) if has_gauss else None,
+            state=_words("rng.numpy", numpy["state"]["key"].tolist()),
+            position=int(numpy["state"]["pos"]),
+            gauss=float(numpy["gauss"]) if numpy["has_gauss"] else None,
         ),
         torch_cpu=SidecarTensor.of("rng.torch_cpu", torch.get_rng_state()),
         accelerators={
@@ -148,11 +159,14 @@ def _set(record: RngRecord) -> None:
     import torch
 
     python, numpy = record.python, record.numpy
+    words = _ints(numpy.state)
+    if not 0 <= numpy.position <= len(words):  # numpy would read beyond the end
+        raise ValueError(f"the state of numpy's generator has no position {numpy.position}")
     random.setstate((python.version, tuple(_ints(python.state)), python.gauss))
     np.random.set_state(
         (
-            "MT19937",
-            np.array(_ints(numpy.state), dtype=np.uint32),
+            TWISTER,
+            np.array(words, dtype=np.uint32),
             numpy.position,
             int(numpy.gauss is not None),
             numpy.gauss or 0.0,

@@ -1,0 +1,104 @@
+"""`Trainer` and TRL: what they save carries a manifest."""
+
+from __future__ import annotations
+
+import logging
+
+import datasets
+import peft
+import pytest
+import torch
+import transformers
+from peft import LoraConfig
+
+import peftstate
+from peftstate import PeftStateCallback
+
+pytestmark = pytest.mark.filterwarnings("ignore::peftstate.errors.TrainModeWarning")
+
+DATA = datasets.Dataset.from_list(
+    [{"input_ids": [5, 6, 7, 8 + n % 4], "labels": [5, 6, 7, 8 + n % 4]} for n in range(8)]
+)
+
+
+def arguments(folder, **fields):
+    """Arguments of a short training that saves every step."""
+    return transformers.TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=2,
+        max_steps=2,
+        save_steps=1,
+        learning_rate=0.1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **fields,
+    )
+
+
+def test_checkpoints_and_final_saves_carry_manifests(load_base, logits, tmp_path):
+    """With the callback every checkpoint and `save_model` reload as the model in memory."""
+    model = peft.get_peft_model(load_base("bf16"), LoraConfig(task_type="CAUSAL_LM"))
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments(tmp_path / "run"),
+        train_dataset=DATA,
+        callbacks=[PeftStateCallback()],
+    )
+    assert type(trainer.model) is peftstate.PeftModelForCausalLM
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    for folder in ("run/checkpoint-1", "run/checkpoint-2", "final"):
+        assert (tmp_path / folder / "peftstate.json").exists()
+        assert peftstate.verify_files(tmp_path / folder).ok
+    assert peftstate.verify(trainer.model, tmp_path / "final").ok
+    loaded = peftstate.PeftModel.from_pretrained(load_base("bf16"), tmp_path / "final")
+    assert torch.equal(logits(loaded.eval()), logits(trainer.model.eval()))
+
+
+def test_the_best_model_is_loaded_through_us(load_base, tmp_path):
+    """`load_best_model_at_end` puts a checkpoint's adapter back, verified."""
+    model = peft.get_peft_model(load_base("bf16"), LoraConfig(task_type="CAUSAL_LM"))
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments(
+            tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1
+        ),
+        train_dataset=DATA,
+        eval_dataset=DATA,
+        callbacks=[PeftStateCallback()],
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert peftstate.verify(trainer.model, best).of("adapters", "dtype", "base_model").ok
+
+
+def test_training_that_is_resumed_is_verified(load_base, tmp_path):
+    """A checkpoint that was damaged is refused when training is resumed from it."""
+    for resume in (None, tmp_path / "checkpoint-1"):
+        model = peft.get_peft_model(load_base("bf16"), LoraConfig(task_type="CAUSAL_LM"))
+        trainer = transformers.Trainer(
+            model=model,
+            args=arguments(tmp_path),
+            train_dataset=DATA,
+            callbacks=[PeftStateCallback()],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+    weights = tmp_path / "checkpoint-1" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(peftstate.errors.IntegrityError):
+        trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-1")
+
+
+def test_a_model_that_is_no_peft_model_is_told(load_base, tmp_path, caplog):
+    """Without an adapter the callback does nothing and says so."""
+    with caplog.at_level(logging.WARNING, logger="peftstate"):
+        transformers.Trainer(
+            model=load_base("fp32"),
+            args=arguments(tmp_path),
+            train_dataset=DATA,
+            callbacks=[PeftStateCallback()],
+        )
+    assert "the model is a LlamaForCausalLM, not a PEFT model" in caplog.text

@@ -1,0 +1,147 @@
+"""The JSON Schema of manifests: that it is up to date, and says what peftstate takes."""
+
+from __future__ import annotations
+
+import copy
+import importlib.resources
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftstate._codec import NOT_JSON, DecodeError, dumps, loads
+from peftstate._schema import FILE, manifest_schema
+from peftstate.manifest import SCHEMA_VERSION
+from peftstate.sections import SECTIONS
+from tests._records import records
+
+SCHEMA = json.loads((importlib.resources.files("peftstate") / "manifest.schema.json").read_bytes())
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+GOLDEN = Path(__file__).parent / "golden" / f"schema-{SCHEMA_VERSION}"
+MANIFESTS = sorted(GOLDEN.glob("**/peftstate.json"))
+
+
+def test_up_to_date() -> None:
+    """The file in the package is what the records give; ``python -m peftstate._schema`` writes it."""
+    assert FILE.read_bytes() == dumps(manifest_schema())
+
+
+def test_valid() -> None:
+    """It is a schema of draft 2020-12."""
+    assert SCHEMA["$schema"] == jsonschema.Draft202012Validator.META_SCHEMA["$id"]
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object of a JSON value, the value itself first."""
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _objects(item)
+
+
+def test_descriptions() -> None:
+    """Every field of every record is described, and nothing else than JSON is spoken of."""
+    for definition in SCHEMA["$defs"].values():
+        assert definition["description"]
+        assert definition["properties"]
+        for field in definition["properties"].values():
+            assert field["description"]
+            assert "``" not in field["description"]
+            assert "None" not in field["description"]
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.parent.name)
+def test_golden(path: Path) -> None:
+    """The manifests of the golden folders are valid; with another key anywhere they are not."""
+    manifest = json.loads(path.read_bytes())
+    VALIDATOR.validate(manifest)
+    free = [manifest["sections"]["generation"]["config"]]  # a library's own fields
+    closed = [manifest, manifest["sections"], *manifest["files"].values()]
+    for section in manifest["sections"].values():
+        closed.append(section)
+    for value in closed:
+        value["another key"] = {}
+        assert not VALIDATOR.is_valid(manifest)
+        del value["another key"]
+    for value in free:
+        value["another key"] = {}
+    VALIDATOR.validate(manifest)
+
+
+@pytest.mark.parametrize("key", ["schema_version", "peftstate_version", "sections", "files", "digest"])
+@pytest.mark.parametrize("value", [None, True, 0, 2, 1.5, "1", []])
+def test_envelope(key: str, value: Any) -> None:
+    """What stands around the sections has its types, too, and must be there."""
+    manifest = json.loads(MANIFESTS[0].read_bytes())
+    manifest[key] = value
+    assert VALIDATOR.is_valid(manifest) == ((key, value) == ("peftstate_version", "1"))
+    del manifest[key]
+    assert not VALIDATOR.is_valid(manifest)
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value in a JSON value but the outermost."""
+    children: Any = ()
+    if isinstance(value, dict):
+        children = value.items()
+    elif isinstance(value, list):
+        children = enumerate(value)
+    for key, item in children:
+        yield (*path, key)
+        yield from _paths(item, (*path, key))
+
+
+def _takes(section: Any, value: Any) -> bool:
+    """Whether a section decodes a value."""
+    try:
+        section.decode(value)
+    except DecodeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.name)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_same_as_codec(section: Any, data: st.DataObject) -> None:
+    """The schema takes each record of each section, and of what is near one what the codec takes.
+
+    Numbers are left out, of which JSON Schema does not tell 1.0 from 1.
+    """
+    reference = SCHEMA["properties"]["sections"]["properties"][section.name]
+    validator = VALIDATOR.evolve(schema={**reference, "$defs": SCHEMA["$defs"]})
+    value = loads(dumps(section.encode(data.draw(records(section.record)))))
+    assert validator.is_valid(value)
+    path = data.draw(st.sampled_from(list(_paths(value))))
+    changed = copy.deepcopy(value)
+    parent = changed
+    for key in path[:-1]:
+        parent = parent[key]
+    action = data.draw(st.sampled_from(["replace", "remove", "add"]))
+    if action == "remove":
+        del parent[path[-1]]
+    elif action == "add" and isinstance(parent, dict):
+        parent["another key"] = None
+    else:
+        parent[path[-1]] = data.draw(st.sampled_from([None, True, "text", [], {}, [None], {"a": {}}]))
+    assert validator.is_valid(changed) == _takes(section, changed)
+
+
+def test_every_record_class() -> None:
+    """Each class of the records is defined once, whatever beside the JSON lies left out."""
+
+    def fields(cls: Any) -> set[str]:
+        return {field.name for field in attrs.fields(cls) if not field.metadata.get(NOT_JSON)}
+
+    for section in SECTIONS:
+        definition = SCHEMA["$defs"][section.record.__name__]
+        assert definition["properties"].keys() == fields(section.record)
