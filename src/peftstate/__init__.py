@@ -48,35 +48,41 @@ __all__ = sorted(_HOMES)  # noqa: PLE0605 - static for type checkers below
 
 if TYPE_CHECKING:
     from peftstate import errors as errors
-    from peftstate._api import capture as capture, restore as restore, verify as verify
+    from peftstate._api import capture as capture
+    from peftstate._api import restore as restore
+    from peftstate._api import verify as verify
+    from peftstate._auto import AutoPeftModel as AutoPeftModel
+    from peftstate._auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from peftstate._auto import (
-        AutoPeftModel as AutoPeftModel,
-        AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
         AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
+    )
+    from peftstate._auto import (
         AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering,
-        AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM,
+    )
+    from peftstate._auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+    from peftstate._auto import (
         AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
+    )
+    from peftstate._auto import (
         AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
-        base_model_kwargs as base_model_kwargs,
     )
+    from peftstate._auto import base_model_kwargs as base_model_kwargs
     from peftstate._diff import Mismatch as Mismatch
-    from peftstate._files import (
-        diff as diff,
-        read_manifest as read_manifest,
-        verify_files as verify_files,
-    )
+    from peftstate._files import diff as diff
+    from peftstate._files import read_manifest as read_manifest
+    from peftstate._files import verify_files as verify_files
+    from peftstate._models import PeftMixedModel as PeftMixedModel
+    from peftstate._models import PeftModel as PeftModel
+    from peftstate._models import PeftModelForCausalLM as PeftModelForCausalLM
+    from peftstate._models import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+    from peftstate._models import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+    from peftstate._models import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
     from peftstate._models import (
-        PeftMixedModel as PeftMixedModel,
-        PeftModel as PeftModel,
-        PeftModelForCausalLM as PeftModelForCausalLM,
-        PeftModelForFeatureExtraction as PeftModelForFeatureExtraction,
-        PeftModelForQuestionAnswering as PeftModelForQuestionAnswering,
-        PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM,
         PeftModelForSequenceClassification as PeftModelForSequenceClassification,
-        PeftModelForTokenClassification as PeftModelForTokenClassification,
-        attach as attach,
-        get_peft_model as get_peft_model,
     )
+    from peftstate._models import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from peftstate._models import attach as attach
+    from peftstate._models import get_peft_model as get_peft_model
     from peftstate._report import Report as Report
     from peftstate.integrations.trainer import PeftStateCallback as PeftStateCallback
     from peftstate.manifest import Manifest as Manifest

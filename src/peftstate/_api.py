@@ -88,7 +88,7 @@ def restore(
 
         def steps() -> Report:
             prepare_base(view, manifest, plan)
-            set_tensors(view, saved.adapters, manifest)
+            set_tensors(view, saved.adapters, manifest, plan)
             restore_sections(view, manifest, plan)
             report = compare(view, manifest, plan, lambda section: section.capture_restored)
             plan.policy.apply(report)

@@ -177,43 +177,43 @@ def _recorded(path: str, revision: str | None, kwargs: dict[str, Any]) -> dict[s
     return base_model_kwargs(manifest)
 
 
-class AutoPeftModel(_Auto, peft.AutoPeftModel):
+class AutoPeftModel(_Auto, peft.AutoPeftModel):  # type: ignore[misc]
     """`peft.AutoPeftModel`, which rebuilds the base model from the manifest."""
 
     _target_peft_class = _models.PeftModel
 
 
-class AutoPeftModelForCausalLM(_Auto, peft.AutoPeftModelForCausalLM):
+class AutoPeftModelForCausalLM(_Auto, peft.AutoPeftModelForCausalLM):  # type: ignore[misc]
     """`peft.AutoPeftModelForCausalLM`, which rebuilds the base model from the manifest."""
 
     _target_peft_class = _models.PeftModelForCausalLM
 
 
-class AutoPeftModelForFeatureExtraction(_Auto, peft.AutoPeftModelForFeatureExtraction):
+class AutoPeftModelForFeatureExtraction(_Auto, peft.AutoPeftModelForFeatureExtraction):  # type: ignore[misc]
     """`peft.AutoPeftModelForFeatureExtraction`, which rebuilds the base from the manifest."""
 
     _target_peft_class = _models.PeftModelForFeatureExtraction
 
 
-class AutoPeftModelForQuestionAnswering(_Auto, peft.AutoPeftModelForQuestionAnswering):
+class AutoPeftModelForQuestionAnswering(_Auto, peft.AutoPeftModelForQuestionAnswering):  # type: ignore[misc]
     """`peft.AutoPeftModelForQuestionAnswering`, which rebuilds the base from the manifest."""
 
     _target_peft_class = _models.PeftModelForQuestionAnswering
 
 
-class AutoPeftModelForSeq2SeqLM(_Auto, peft.AutoPeftModelForSeq2SeqLM):
+class AutoPeftModelForSeq2SeqLM(_Auto, peft.AutoPeftModelForSeq2SeqLM):  # type: ignore[misc]
     """`peft.AutoPeftModelForSeq2SeqLM`, which rebuilds the base model from the manifest."""
 
     _target_peft_class = _models.PeftModelForSeq2SeqLM
 
 
-class AutoPeftModelForSequenceClassification(_Auto, peft.AutoPeftModelForSequenceClassification):
+class AutoPeftModelForSequenceClassification(_Auto, peft.AutoPeftModelForSequenceClassification):  # type: ignore[misc]
     """`peft.AutoPeftModelForSequenceClassification`, which rebuilds the base from the manifest."""
 
     _target_peft_class = _models.PeftModelForSequenceClassification
 
 
-class AutoPeftModelForTokenClassification(_Auto, peft.AutoPeftModelForTokenClassification):
+class AutoPeftModelForTokenClassification(_Auto, peft.AutoPeftModelForTokenClassification):  # type: ignore[misc]
     """`peft.AutoPeftModelForTokenClassification`, which rebuilds the base from the manifest."""
 
     _target_peft_class = _models.PeftModelForTokenClassification

@@ -7,6 +7,7 @@ value only in the type that the record names, and refuses keys that the record d
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias, TypeVar, get_args, get_origin
 
@@ -81,25 +82,34 @@ def _left_out(cls: Any) -> dict[str, AttributeOverride]:
 def _structure_record(cls: Any, converter: cattrs.Converter) -> _Hook:
     """The hook that makes an attrs class."""
     structure = make_dict_structure_fn(
-        cls, converter, _cattrs_forbid_extra_keys=True, **_left_out(cls)
+        cls,
+        converter,
+        _cattrs_forbid_extra_keys=True,
+        **_left_out(cls),  # type: ignore[arg-type]
     )
     return _checked(dict, structure)
 
 
 def _unstructure_record(cls: Any, converter: cattrs.Converter) -> Callable[[Any], Json]:
     """The hook that takes an attrs class apart."""
-    return make_dict_unstructure_fn(cls, converter, **_left_out(cls))
+    return make_dict_unstructure_fn(cls, converter, **_left_out(cls))  # type: ignore[arg-type]
 
 
 def _structure_mapping(cls: Any, converter: cattrs.Converter) -> _Hook:
     """The hook of a `Mapping`."""
-    plain = dict[get_args(cls)]  # type: ignore[misc]
+    plain: Any = types.GenericAlias(dict, get_args(cls))
     return _checked(dict, mapping_structure_factory(plain, converter))
+
+
+def _is_tuple(cls: Any) -> bool:
+    """Whether a type is ``tuple[T, ...]``."""
+    return get_origin(cls) is tuple
 
 
 def _structure_tuple(cls: Any, converter: cattrs.Converter) -> _Hook:
     """The hook of ``tuple[T, ...]``."""
-    structure = list_structure_factory(list[get_args(cls)[0]], converter)  # type: ignore[misc]
+    plain: Any = types.GenericAlias(list, get_args(cls)[:1])
+    structure = list_structure_factory(plain, converter)
     return _checked(list, lambda value, _: tuple(structure(value, _)))
 
 
@@ -111,9 +121,7 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook_factory(attrs.has)(_structure_record)
     converter.register_unstructure_hook_factory(attrs.has)(_unstructure_record)
     converter.register_structure_hook_factory(is_mapping)(_structure_mapping)
-    converter.register_structure_hook_factory(lambda cls: get_origin(cls) is tuple)(
-        _structure_tuple
-    )
+    converter.register_structure_hook_factory(_is_tuple)(_structure_tuple)
     return converter
 
 

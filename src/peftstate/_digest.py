@@ -7,7 +7,9 @@ Git LFS, the Hub and sigstore state for a file, so that a manifest can be held a
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from blake3 import blake3
 from typing_extensions import Buffer
@@ -33,6 +35,11 @@ def tensor_digest(dtype: str, shape: Sequence[int], data: Buffer) -> str:
 def seal_digest(data: bytes) -> str:
     """The digest that seals a manifest, over its canonical form without the seal."""
     return blake3(data).hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """The digest of a JSON value, which need not be one that a manifest could hold."""
+    return blake3(json.dumps(value, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(data: Buffer) -> str:

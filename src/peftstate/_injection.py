@@ -13,19 +13,24 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from peftstate._codec import dumps
 from peftstate._storage import ADAPTER_CONFIG_NAME
+from peftstate.sections import extra_tensors
 from peftstate.sections._adapter_tensors import adapter_tensors
 
 if TYPE_CHECKING:
     from peftstate._source import AdapterFiles, Source
+    from peftstate._steps import Plan
     from peftstate.manifest import Manifest
     from peftstate.sections._view import ModelView
 
 
-def set_tensors(view: ModelView, files: Mapping[str, AdapterFiles], manifest: Manifest) -> None:
+def set_tensors(
+    view: ModelView, files: Mapping[str, AdapterFiles], manifest: Manifest, plan: Plan
+) -> None:
     """Set the adapters' live tensors from the bytes that were read, in their saved dtypes.
 
-    PEFT has loaded the same file, but into tensors of the dtype it chose, which rounds. Tensors
-    that PEFT computes when it saves (a prompt's embedding) are left as PEFT loaded them.
+    PEFT has loaded the same file, but into tensors of the dtype it chose, which rounds. Of tensors
+    that PEFT computes when it saves (a prompt's embedding), what they are computed from is set, for
+    which the sidecar is read. All that comes before an adapter is merged into the base model.
     """
     records = manifest.sections["adapters"].adapters
     for saved, read in files.items():
@@ -36,6 +41,8 @@ def set_tensors(view: ModelView, files: Mapping[str, AdapterFiles], manifest: Ma
             tensor = read.tensors[name]
             if target.shape == tensor.shape:  # else the comparison afterwards names it
                 target.data = tensor.to(target.device)
+    if extra_tensors.SECTION in plan.sections(view, manifest):
+        extra_tensors.restore_adapters(manifest.sections["extra_tensors"], view)
 
 
 @contextmanager

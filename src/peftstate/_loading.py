@@ -21,14 +21,14 @@ from peftstate._steps import (
     restore_sections,
 )
 from peftstate.manifest import Manifest
-from peftstate.sections import SECTIONS, _origin, adapters, dtype, extra_tensors, rng
+from peftstate.sections import SECTIONS, _origin, adapters, dtype, rng
 from peftstate.sections._view import ModelView
 
 T = TypeVar("T")
 
 Inject = Callable[[Path, peft.PeftConfig], peft.PeftModel]
 """PEFT's `from_pretrained` on the base model: takes the folder and the adapter's config."""
-Load = Callable[[nn.Module, Path, str], Any]
+Load = Callable[[Any, Path, str], Any]
 """PEFT's `load_adapter`: takes the model, the folder and the adapter's name."""
 
 
@@ -72,7 +72,7 @@ def load_model(
             with readable_by_peft(source, name) as folder:
                 load(model, folder, names[name])
         view = ModelView(model=model, adapters=names, folders=_folders(manifest))
-        set_tensors(view, source.adapters, manifest)
+        set_tensors(view, source.adapters, manifest, plan)
         restore_sections(view, manifest, plan)
         compare_restored(view, manifest, plan)
         return model, _origin.of_loaded(view, manifest.sections["base_model"])
@@ -108,11 +108,10 @@ def load_adapter(
         _spare_data(view, adapter=name)
         with readable_by_peft(source, own) as folder:
             result = load(model, folder, name)
-        set_tensors(view, source.adapters, manifest)
+        set_tensors(view, source.adapters, manifest, plan)
         expected = _as_live(manifest, view)
         dtype.restore_adapters(expected.sections["dtype"], view)
         adapters.restore_scaling(expected.sections["adapters"], view)
-        extra_tensors.restore_adapters(expected.sections["extra_tensors"], view)
         compare_restored(view, expected, plan)
         return result
 
@@ -150,13 +149,7 @@ def _folders(manifest: Manifest) -> dict[str, str]:
 
 def _as_live(manifest: Manifest, view: ModelView) -> Manifest:
     """The manifest, with the live model's word on which adapters are active, applied, merged."""
-    live = adapters.capture(attrs.evolve(view, adapters={}, folders={}))
-    record = attrs.evolve(
-        manifest.sections["adapters"],
-        active=adapters.capture(view).active,
-        enabled=live.enabled,
-        merged=adapters.capture(view).merged,
-    )
+    record = adapters.applied_as_in(view, manifest.sections["adapters"])
     return attrs.evolve(manifest, sections={**manifest.sections, "adapters": record})
 
 

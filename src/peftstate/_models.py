@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
-from peft import PeftConfig, PeftMixedModel
+from peft import PeftConfig
+from peft import PeftMixedModel as PeftMixedModel  # as it is: PEFT cannot save it
 
 from peftstate._folder import AdapterFolder, open_folder
 from peftstate._loading import load_adapter, load_model
@@ -239,7 +240,7 @@ class PeftModel(peft.PeftModel):
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         policy = Policy.of(on_mismatch)
 
-        def peft_load(live: torch.nn.Module, path: str | Path, name: str) -> Any:
+        def peft_load(live: Any, path: str | Path, name: str) -> Any:
             return peft.PeftModel.load_adapter(
                 live,
                 str(path),
@@ -333,8 +334,9 @@ def _attach(model: peft.PeftModel, origin: _origin.Origin) -> PeftModel:
 @contextmanager
 def _as_pefts_own(model: PeftModel) -> Iterator[None]:
     """Have a model be of PEFT's own class for a while, so that what PEFT calls on it is PEFT's."""
-    ours = type(model)
-    model.__class__ = next(theirs for theirs, cls in _CLASSES.items() if cls is ours)
+    ours: Any = type(model)
+    theirs: Any = next(theirs for theirs, cls in _CLASSES.items() if cls is ours)
+    model.__class__ = theirs
     try:
         yield
     finally:

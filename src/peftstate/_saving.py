@@ -25,7 +25,7 @@ from peftstate._weights import parse_weights
 from peftstate.errors import PeftStateError, SaveError
 from peftstate.manifest import FileRecord, Manifest
 from peftstate.sections import SECTIONS, _origin, adapters
-from peftstate.sections._adapter_tensors import adapter_tensors, live_tensors
+from peftstate.sections._adapter_tensors import adapter_tensors, at_rest, live_tensors
 from peftstate.sections._tensors import sidecar_tensors, tensor_records
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _save(
         readme = directory / README_NAME
         if readme.is_file():  # PEFT adds to the one that is there
             shutil.copyfile(readme, staging / README_NAME)
-        write(staging, _detached(view.model))
+        _write_adapters(view, staging, write)
         _remove_stale(view, staging)
         for view_of_folder, folder in _folders(view):
             described = _for_folder(records, view_of_folder)
@@ -241,10 +241,16 @@ def _rescue(view: ModelView, directory: Path, write: WriteAdapter) -> str | None
         number += 1
     try:
         rescue.mkdir(parents=True)
-        write(rescue, _detached(view.model))
+        _write_adapters(view, rescue, write)
     except Exception:  # noqa: BLE001 - the error that led here is raised, and says more
         return None
     return str(rescue)
+
+
+def _write_adapters(view: ModelView, folder: Path, write: WriteAdapter) -> None:
+    """Have PEFT write the adapters into a folder, and leave the model as it is."""
+    with at_rest(view.model, next(iter(view.adapters.values()))):
+        write(folder, _detached(view.model))
 
 
 def _detached(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ class _Attributes:
         values = dict(vars(owner))
         kinds = (MutableMapping, MutableSequence, MutableSet)
         contents = {
-            name: value.copy()  # type: ignore[attr-defined]
+            name: value.copy()
             for name, value in values.items()
             if isinstance(value, kinds) and hasattr(value, "copy")
         }

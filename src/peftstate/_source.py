@@ -11,7 +11,8 @@ from peft import PeftConfig
 from peftstate._codec import DecodeError, loads
 from peftstate._diff import diff
 from peftstate._files import consistently, manifest_of
-from peftstate._folder import AdapterFolder, safe_name
+from peftstate._folder import AdapterFolder
+from peftstate._names import safe_name
 from peftstate._report import Report
 from peftstate._storage import ADAPTER_CONFIG_NAME, MANIFEST_NAME, SIDECAR_NAME, WEIGHTS_NAMES
 from peftstate._weights import check_tensors, parse_weights

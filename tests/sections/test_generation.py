@@ -149,12 +149,6 @@ def test_watermarks_are_told_apart(models):
     assert vars(found) == vars(mark)
 
 
-@pytest.mark.parametrize("name", sorted(NOT_SAVED))
-def test_field_that_is_not_saved_is_a_field(name):
-    """The list of exceptions holds no name that no transformers has."""
-    assert hasattr(GenerationConfig(), name)
-
-
 def test_fields_that_are_unset_are_not_recorded(load_base):
     """The record holds what the model says, not the defaults of a transformers version."""
     record = capture(load_base("bf16"))

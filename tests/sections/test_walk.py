@@ -80,12 +80,15 @@ def test_modules_have_the_same_names_with_and_without_an_adapter(config, load_ba
 
 
 def test_every_tensor_belongs_somewhere(config, load_base):
-    """No parameter or buffer is overlooked, and no two have the same name in the same part."""
+    """No parameter or buffer is overlooked, and no two have the same name in the same part.
+
+    There may be more: layers of an adapter that PEFT has taken out of the model for now.
+    """
     model = wrapped(load_base("bf16"), config)
     model.add_adapter("second", config)
     sites = list(_walk.tensors(model))
     expected = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    assert {id(site.tensor) for site in sites} == expected
+    assert expected <= {id(site.tensor) for site in sites}
     assert len({(site.part, site.adapter, site.name) for site in sites}) == len(sites)
 
 

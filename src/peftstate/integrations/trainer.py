@@ -13,7 +13,7 @@ from peftstate._models import attach
 logger = logging.getLogger("peftstate")
 
 
-class PeftStateCallback(TrainerCallback):  # type: ignore[misc]
+class PeftStateCallback(TrainerCallback):
     """Makes all that a trainer saves carry a manifest: checkpoints and the final model.
 
     Pass it to the trainer: ``SFTTrainer(…, callbacks=[PeftStateCallback()])``. It attaches to the

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -43,22 +44,59 @@ def adapter_tensors(
         names: The names in the file; by default those that PEFT would write now.
     """
     adapter = view.adapters[saved]
-    live = live_tensors(view.model)
+    with at_rest(view.model, adapter):
+        live = live_tensors(view.model)
+        written = file_tensors(view.model, adapter, embeddings=embeddings, live=live)
+    in_file = {
+        name: tensor for name, tensor in written.items() if names is None or name in names
+    }
     sites = [site for site in view.tensors() if site.adapter == adapter]
     identities = {id(tensor) for tensor in (*live.values(), *(site.tensor for site in sites))}
-    in_file = {
-        name: tensor
-        for name, tensor in file_tensors(
-            view.model, adapter, embeddings=embeddings, live=live
-        ).items()
-        if names is None or name in names
-    }
     held = {id(tensor) for tensor in in_file.values()}
     return AdapterTensors(
         saved={name: tensor for name, tensor in in_file.items() if id(tensor) in identities},
         computed={name: tensor for name, tensor in in_file.items() if id(tensor) not in identities},
         unsaved={site.name: site for site in sites if id(site.tensor) not in held},
     )
+
+
+@contextmanager
+def at_rest(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Let PEFT look for the tensors of an adapter, or save it, without a trace in the model.
+
+    To save a prompt it runs the layers that compute it
+    (`peft/peft_model.py::PeftModel.get_prompt_embedding_to_save`): in train mode with the dropout
+    of P-tuning's LSTM, and those of CPT scale their own weights each time.
+
+    Args:
+        model: A PEFT model.
+        adapter: Name of the adapter in the model. Adaption prompts are put into the model.
+    """
+    encoders = getattr(model, "prompt_encoder", None)
+    modules = [] if encoders is None else list(encoders.modules())
+    flags = [(module, module.training) for module in modules]
+    values = [(tensor, tensor.data) for module in modules[:1] for tensor in module.parameters()]
+    for module in modules:
+        module.training = False
+    try:
+        with _swapped_in(model, adapter):
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        for tensor, data in values:
+            tensor.data = data
+
+
+def _swapped_in(model: Any, adapter: str) -> AbstractContextManager[None]:
+    """Have an adaption prompt in the model: there is room for one, and none if it is disabled."""
+    from peft.tuners.adaption_prompt import AdaptionPromptModel
+
+    tuner = model.base_model
+    if isinstance(tuner, AdaptionPromptModel) and hasattr(tuner, "_temporarily_active"):
+        swapped: AbstractContextManager[None] = tuner._temporarily_active(adapter)
+        return swapped
+    return nullcontext()
 
 
 def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -9,7 +9,6 @@ import attrs
 
 from peftstate.sections import _bitsandbytes
 from peftstate.sections import _bitsandbytes_forms as forms
-from peftstate.sections import _bitsandbytes_forms as forms
 from peftstate.sections._tensors import TensorRecord, in_threads, is_readable, tensor_record
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ class BaseTensor:
         site: Where it hangs, if it is one that can be replaced.
         shadowed: Whether a trained copy stands in for it.
         replayed: Whether a load brings it about again: an adapter is merged into it, or running a
-            4-bit layer and asking for its state dict has rounded its scales.
+            4-bit layer, or asking for its state dict, may have rounded its scales.
     """
 
     tensor: torch.Tensor
@@ -75,7 +74,7 @@ def _canonical(
     site: TensorSite, tensors: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, BaseTensor]]:
     """The tensors that stand for a quantized weight."""
-    rounded = forms.form_of(site.module) == forms.UNPACKED
+    rounded = forms.form_of(site.module) != forms.FRESH
     for key, tensor in tensors.items():
         yield (
             f"{site.name.removesuffix('weight')}{key}",

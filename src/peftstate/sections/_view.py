@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from peftstate.sections import _walk
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from peftstate.sections._tensors import TensorRecord
@@ -23,22 +24,26 @@ class ModelView:
     """A PEFT model, or a bare base model, and which of its adapters are looked at.
 
     Attributes:
-        model: The model.
+        model: The model, a `torch.nn.Module`.
         adapters: The adapters, in order: name in the manifest → name in the model.
         folders: The folder of each adapter, relative to the manifest's; ``"."`` is its own.
         fingerprint: What digests of the base model cover, one of `FINGERPRINTS`.
+        tokenizer: The tokenizer that goes with the model, or a processor that holds one.
+        probe: Inputs to predict on, as the model's `forward` takes them.
         memo: Records of the base model's tensors that were made already. A view, and those made
             from it, are for one moment: the model must not change meanwhile.
     """
 
-    model: nn.Module
+    model: Any
     adapters: Mapping[str, str] = attrs.field(factory=dict)
     folders: Mapping[str, str] = attrs.field(factory=dict)
     fingerprint: str = "full"
+    tokenizer: Any = None
+    probe: Mapping[str, torch.Tensor] | None = None
     memo: dict[str, TensorRecord] = attrs.field(factory=dict, eq=False, repr=False)
 
     @classmethod
-    def of(cls, model: nn.Module, *, fingerprint: str = "full") -> ModelView:
+    def of(cls, model: Any, *, fingerprint: str = "full") -> ModelView:
         """The view of all adapters of a model, under their own names."""
         names = list(model.peft_config) if _walk.is_peft_model(model) else []
         return cls(
@@ -63,7 +68,7 @@ class ModelView:
         )
 
     @property
-    def base(self) -> nn.Module:
+    def base(self) -> Any:
         """The bare base model; adapters may be injected in it."""
         return _walk.base_of(self.model)
 

@@ -158,6 +158,8 @@ def _plain_tensors(module: nn.Module, adapter: str | None) -> Iterator[tuple[str
     from torch import Tensor
 
     for leaf, value in vars(module).items():
+        if leaf in ("_parameters", "_buffers"):
+            continue
         if type(value) is dict and isinstance(tensor := value.get(adapter), Tensor):
             yield leaf, tensor
 
@@ -178,8 +180,10 @@ def is_container(module: nn.Module) -> bool:
 def _original_of(module: nn.Module) -> str | None:
     """The attribute under which a layer of PEFT holds the base model's module that it replaces."""
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 
+    if isinstance(module, TrainableTokensWrapper):
+        return "token_adapter"  # in which, as in any layer, there is a `base_layer`
     if isinstance(module, AuxiliaryTrainingWrapper):
         return "original_module"
     if isinstance(module, BaseTunerLayer) and "base_layer" in module._modules:

@@ -67,23 +67,24 @@ class AdaptersRecord:
 
     Attributes:
         adapters: The adapters by name, which is also the order they are loaded in.
-        active: Names of the active ones; empty if none of these was, which says nothing of a model
-            that has no others.
+        active: Names of the active ones; empty if none of these was, but another one, which says
+            nothing of a model that has no others; `None` if the model has no active one.
         enabled: Whether the active ones are applied at all.
         merged: Names of those merged into the base model.
     """
 
     adapters: Mapping[str, AdapterRecord]
-    active: tuple[str, ...]
+    active: tuple[str, ...] | None
     enabled: bool
     merged: tuple[str, ...]
 
     def for_adapters(self, names: Collection[str]) -> AdaptersRecord:
         """The record without the adapters that are not looked at."""
+        active = self.active
         return attrs.evolve(
             self,
             adapters={name: record for name, record in self.adapters.items() if name in names},
-            active=tuple(name for name in self.active if name in names),
+            active=active and tuple(name for name in active if name in names),
             merged=tuple(name for name in self.merged if name in names),
         )
 
@@ -97,25 +98,57 @@ class AdaptersRecord:
 
 
 def capture(view: ModelView) -> AdaptersRecord:
-    """Describe the adapters in the model."""
+    """Describe the adapters in the model.
+
+    Raises:
+        ValueError: They are in a state that no load can bring about; the text says what to do.
+    """
+    _refuse_unloadable(view)
     return _capture(view, {})
+
+
+def _refuse_unloadable(view: ModelView) -> None:
+    """Refuse states of which PEFT's files do not hold enough, or that PEFT has no setter for.
+
+    Raises:
+        ValueError: The model is in one of them.
+    """
+    from peft.tuners.ln_tuning.layer import LNTuningLayer
+
+    if any(isinstance(layer, LNTuningLayer) and layer.merged for layer in tuner_layers(view.model)):
+        # peft/tuners/ln_tuning/layer.py::LNTuningLayer.merge exchanges the two layers
+        raise ValueError(
+            "the adapter is merged, which in LN tuning puts the base model's layers in its place, "
+            "and PEFT would save these; call unmerge_adapter() first"
+        )
+    if getattr(view.model, "_is_prompt_learning", False) and not _enabled(view.model):
+        raise ValueError(
+            "the prompt is disabled, which it can only be within disable_adapter(); save outside it"
+        )
 
 
 def capture_like(view: ModelView, record: AdaptersRecord) -> AdaptersRecord:
     """Capture for a comparison with a record: of the tensors that were saved."""
     found = _capture(view, record.adapters)
-    return found if record.active else attrs.evolve(found, active=())
+    return attrs.evolve(found, active=()) if record.active == () else found
 
 
 def _capture(view: ModelView, like: Mapping[str, AdapterRecord]) -> AdaptersRecord:
     """Describe the adapters, each for a comparison with its record if there is one."""
-    active = getattr(view.model, "active_adapters", [])
+    described = {saved: _describe(view, saved, like.get(saved)) for saved in view.adapters}
+    unapplied = AdaptersRecord(adapters=described, active=None, enabled=True, merged=())
+    return applied_as_in(view, unapplied)
+
+
+def applied_as_in(view: ModelView, record: AdaptersRecord) -> AdaptersRecord:
+    """A record, with the model's word on which adapters are active, applied and merged."""
+    active = tuple(getattr(view.model, "active_adapters", ()))
     layers = tuner_layers(view.model)
     merged = {name for layer in layers for name in getattr(layer, "merged_adapters", ())}
-    return AdaptersRecord(
-        adapters={saved: _describe(view, saved, like.get(saved)) for saved in view.adapters},
-        active=tuple(saved for live in active if (saved := view.saved_name(live)) is not None),
-        enabled=_enabled(view.model, layers),
+    return attrs.evolve(
+        record,
+        active=tuple(saved for live in active if (saved := view.saved_name(live))) if active else None,
+        enabled=_enabled(view.model),
         merged=tuple(sorted(saved for live in merged if (saved := view.saved_name(live)))),
     )
 
@@ -188,11 +221,16 @@ def tuner_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
-def _enabled(model: nn.Module, layers: list[nn.Module]) -> bool:
+def _enabled(model: Any) -> bool:
     """Whether adapters are applied."""
+    from peft.tuners.adaption_prompt import AdaptionPromptModel
+
     if getattr(model, "_adapters_disabled", False):
         return False
-    return not any(getattr(layer, "disable_adapters", False) for layer in layers)
+    tuner = getattr(model, "base_model", None)
+    if isinstance(tuner, AdaptionPromptModel):
+        return bool(tuner._enabled)
+    return not any(getattr(layer, "disable_adapters", False) for layer in tuner_layers(model))
 
 
 def _scaling(view: ModelView, adapter: str) -> Table[float]:
@@ -215,7 +253,7 @@ def restore(record: AdaptersRecord, view: ModelView) -> None:
     restore_scaling(record, view)
     _restore_active(record, view)
     merged = [view.adapters[name] for name in record.merged if name in view.adapters]
-    if merged and not capture(view).merged:
+    if merged and not applied_as_in(view, record).merged:
         view.model.merge_adapter(merged)
 
 
@@ -233,15 +271,15 @@ def restore_scaling(record: AdaptersRecord, view: ModelView) -> None:
 def _restore_active(record: AdaptersRecord, view: ModelView) -> None:
     """Make the saved adapters the active ones, applied or not."""
     model = view.model
-    active = [view.adapters[name] for name in record.active if name in view.adapters]
-    if active and active != list(model.active_adapters):
-        # PeftModel.set_adapter takes one name only
-        if len(active) > 1:
-            model.base_model.set_adapter(active)
-            model.active_adapter = active[0]
-        else:
+    active = [view.adapters[name] for name in record.active or () if name in view.adapters]
+    wanted = active or record.active is None
+    if wanted and active != list(model.active_adapters):
+        if len(active) == 1:
             model.set_adapter(active[0])
-    if record.enabled != _enabled(model, tuner_layers(model)):
+        else:  # PeftModel.set_adapter takes one name only
+            model.base_model.set_adapter(active)
+            model.active_adapter = next(iter(active), model.active_adapter)
+    if record.enabled != _enabled(model):
         switch = "enable_adapter_layers" if record.enabled else "disable_adapter_layers"
         getattr(model.base_model, switch)()
 

@@ -110,11 +110,10 @@ def _look_up(
 
 
 def restore(record: ExtraTensorsRecord, view: ModelView) -> None:
-    """Put the saved tensors in their places."""
+    """Put the base model's saved tensors in their places; those of adapters came with the others."""
     for name, base in base_tensors(view).items():
         if name in record.base and base.site is not None:
             base.site.replace(record.base[name].load().to(base.tensor.device))
-    restore_adapters(record, view)
 
 
 def restore_adapters(record: ExtraTensorsRecord, view: ModelView) -> None:
@@ -124,20 +123,26 @@ def restore_adapters(record: ExtraTensorsRecord, view: ModelView) -> None:
             continue
         live = view.adapters[adapter]
         if view.model.peft_config[live].is_prompt_learning:
-            _rebuild_prompt_encoder(view, live)
+            _make_trainable_form(view, live, tensors.keys())
         for site in view.tensors():
             if site.adapter == live and site.name in tensors:
                 site.replace(tensors[site.name].load().to(site.tensor.device))
 
 
-def _rebuild_prompt_encoder(view: ModelView, adapter: str) -> None:
-    """Give a prompt its trainable form.
+def _make_trainable_form(view: ModelView, adapter: str, names: Collection[str]) -> None:
+    """Have a prompt computed as in training.
 
-    PEFT loads it as the embedding that its layers computed, without these layers
+    PEFT loads it as the embedding that its layers computed, mostly without these layers
     (`peft/tuners/p_tuning/model.py::PromptEncoder.__init__`).
     """
-    view.model.peft_config[adapter].inference_mode = False
-    view.model._setup_prompt_encoder(adapter)
+    model = view.model
+    model.peft_config[adapter].inference_mode = False
+    if names <= {site.name for site in view.tensors() if site.adapter == adapter}:
+        return  # to make it again may take a tokenizer (`prompt_tuning/model.py`)
+    before = model.prompt_encoder[adapter]
+    is_trainable = any(tensor.requires_grad for tensor in before.parameters())
+    model._setup_prompt_encoder(adapter)
+    model.prompt_encoder[adapter].train(before.training).requires_grad_(is_trainable)
 
 
 SECTION = Section(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import attrs
 
 from peftstate.errors import RngMismatchError
 from peftstate.sections._base import Section
+from peftstate.sections._generators import devices
 from peftstate.sections._tensors import SidecarTensor
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from peftstate.sections._view import ModelView
 
-ACCELERATORS = ("cuda", "xpu", "mps", "npu")
-"""Kinds of device whose generators are recorded, as torch names their modules."""
 TWISTER = "MT19937"
 """The only kind of generator that numpy's old interface knows, and that a manifest has."""
 
@@ -113,25 +111,9 @@ def states() -> RngRecord:
         torch_cpu=SidecarTensor.of("rng.torch_cpu", torch.get_rng_state()),
         accelerators={
             device: SidecarTensor.of(f"rng.{device}", backend.get_rng_state(index))
-            for device, (backend, index) in _devices().items()
+            for device, (backend, index) in devices().items()
         },
     )
-
-
-def _devices() -> dict[str, tuple[ModuleType, int]]:
-    """Each accelerator of this process, with torch's module for it and its index."""
-    import torch
-
-    found: dict[str, tuple[ModuleType, int]] = {}
-    for kind in ACCELERATORS:
-        backend = getattr(torch, kind, None)
-        if backend is None or not hasattr(backend, "get_rng_state"):
-            continue
-        if not getattr(backend, "is_available", lambda: True)():
-            continue
-        for index in range(backend.device_count()):
-            found[f"{kind}:{index}"] = (backend, index)
-    return found
 
 
 def restore(record: RngRecord, _: ModelView) -> None:
@@ -173,10 +155,10 @@ def _set(record: RngRecord) -> None:
         )
     )
     torch.set_rng_state(record.torch_cpu.load())
-    devices = _devices()
+    present = devices()
     for device, state in record.accelerators.items():
-        if device in devices:
-            backend, index = devices[device]
+        if device in present:
+            backend, index = present[device]
             backend.set_rng_state(state.load(), index)
 
 
