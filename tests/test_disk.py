@@ -54,8 +54,26 @@ def test_read_link(tmp_path: Path) -> None:
 def test_read_link_loop(tmp_path: Path) -> None:
     """A link to itself is no file."""
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(IntegrityError, match="a link that leads nowhere"):
+    with pytest.raises(IntegrityError, match="a link made just now, or one to itself"):
         read_file(tmp_path / "loop", inside=[tmp_path])
+
+
+def test_read_file_exchanged_for_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that takes a file's place after its path was looked at is not followed."""
+    path, other = tmp_path / "folder" / "file", tmp_path / "other"
+    path.parent.mkdir()
+    path.touch()
+    other.touch()
+    real_open = os.open
+
+    def then_exchange(name: Path, flags: int) -> int:
+        path.unlink()
+        path.symlink_to(other)
+        return real_open(name, flags)
+
+    monkeypatch.setattr(os, "open", then_exchange)
+    with pytest.raises(IntegrityError, match="a link made just now, or one to itself"):
+        read_file(path, inside=[path.parent])
 
 
 def test_read_pipe_socket_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

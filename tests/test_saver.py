@@ -50,6 +50,16 @@ def test_ended_process(tmp_path: Path) -> None:
     assert is_abandoned(make(tmp_path, name), now=time.time())
 
 
+def test_process_that_nobody_has_waited_for(tmp_path: Path) -> None:
+    """A process that has ended is dead, though its parent keeps its number in the table."""
+    command = [sys.executable, "-c", NAME]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        staging = make(tmp_path, process.stdout.readline().strip())
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert is_abandoned(staging, now=time.time())
+
+
 def test_living_process(tmp_path: Path) -> None:
     """A staging folder is in use while its process lives, however long it writes nothing."""
     command = [sys.executable, "-c", f"{NAME}; import sys; sys.stdout.flush(); input()"]

@@ -38,6 +38,7 @@ _HOMES = {
     "errors": "errors",
     "get_peft_model": "_models",
     "read_manifest": "_files",
+    "reproducible": "_reproducible",
     "restore": "_api",
     "verify": "_api",
     "verify_files": "_files",
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from peftstate._models import attach as attach
     from peftstate._models import get_peft_model as get_peft_model
     from peftstate._report import Report as Report
+    from peftstate._reproducible import reproducible as reproducible
     from peftstate.integrations.trainer import PeftStateCallback as PeftStateCallback
     from peftstate.manifest import Manifest as Manifest
 

@@ -5,41 +5,53 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import attrs
 import peft
 from torch import nn
 
+from peftstate._arguments import check_tokenizer
 from peftstate._folder import open_folder
 from peftstate._injection import set_tensors
 from peftstate._loading import for_adapters, undone_on_failure
 from peftstate._policy import OnMismatch, Policy
 from peftstate._report import Report
+from peftstate._reproducible import keep_process
 from peftstate._saving import capture_sections
 from peftstate._source import Source, read_source
 from peftstate._steps import LOCK, Plan, check_base, compare, prepare_base, restore_sections
 from peftstate.manifest import Manifest
 from peftstate.sections._view import ModelView
+from peftstate.sections.predictions import inputs_of
+from peftstate.sections.tokenizer import put_back_on_failure
 
 
-def capture(model: nn.Module, *, fingerprint: str = "full") -> Manifest:
+def capture(
+    model: nn.Module, *, fingerprint: str = "full", tokenizer: Any = None
+) -> Manifest:
     """Describe the state of a PEFT model, as a save would, without writing anything.
 
     Args:
         model: The model. It is left as it is, and no random number is drawn.
         fingerprint: What the digests of the base model cover: ``"full"``, ``"sampled"``, ``"off"``.
+        tokenizer: The tokenizer, or the processor, that goes with the model; by default the one
+            that it was attached, loaded or trained with.
 
     Returns:
         A manifest that names no files.
     """
-    view = ModelView.of(model, fingerprint=fingerprint)
+    view = _with_tokenizer(ModelView.of(model, fingerprint=fingerprint), tokenizer)
     return Manifest(sections=capture_sections(view), files={})
 
 
-def verify(model: nn.Module, source: str | os.PathLike[str], **hub: Any) -> Report:
+def verify(
+    model: nn.Module, source: str | os.PathLike[str], *, tokenizer: Any = None, **hub: Any
+) -> Report:
     """Compare a live PEFT model with what was saved.
 
     Args:
         model: The model. It is left as it is.
         source: The adapter's folder, or the id of a repo on the Hub.
+        tokenizer: As in `capture`.
         **hub: ``subfolder``, ``revision``, ``cache_dir``, ``token`` and the like.
 
     Returns:
@@ -51,7 +63,7 @@ def verify(model: nn.Module, source: str | os.PathLike[str], **hub: Any) -> Repo
     """
     with LOCK:
         saved = read_source(open_folder(source, **hub))
-        view, manifest = _view_of(model, saved)
+        view, manifest = _view_of(model, saved, tokenizer)
         plan = Plan(policy=Policy.of(None))
         return compare(view, manifest, plan, lambda section: section.capture_like)
 
@@ -61,6 +73,7 @@ def restore(
     source: str | os.PathLike[str],
     *,
     on_mismatch: OnMismatch | None = None,
+    tokenizer: Any = None,
     **hub: Any,
 ) -> Report:
     """Bring a live PEFT model into the state that was saved.
@@ -69,6 +82,7 @@ def restore(
         model: The model, which must have the saved adapters. If it fails, it is as it was before.
         source: The adapter's folder, or the id of a repo on the Hub.
         on_mismatch: As in `PeftModel.from_pretrained`.
+        tokenizer: As in `capture`. If it fails, it is as it was before, too.
         **hub: ``subfolder``, ``revision``, ``cache_dir``, ``token`` and the like.
 
     Returns:
@@ -83,8 +97,8 @@ def restore(
     plan = Plan(policy=Policy.of(on_mismatch))
     with LOCK:
         saved = read_source(open_folder(source, **hub))
-        view, manifest = _view_of(model, saved)
-        check_base(ModelView(model=view.base), manifest, plan)
+        view, manifest = _view_of(model, saved, tokenizer)
+        check_base(ModelView(model=view.base, tokenizer=view.tokenizer), manifest, plan)
 
         def steps() -> Report:
             prepare_base(view, manifest, plan)
@@ -94,10 +108,19 @@ def restore(
             plan.policy.apply(report)
             return report
 
-        return undone_on_failure(model, steps, keep_rng=False)
+        with put_back_on_failure(view):
+            report = undone_on_failure(model, steps, keep_rng=False)
+        keep_process(model, saved.manifest)
+        return report
 
 
-def _view_of(model: nn.Module, saved: Source) -> tuple[ModelView, Manifest]:
+def _with_tokenizer(view: ModelView, tokenizer: Any) -> ModelView:
+    """The view, with a tokenizer if one was passed."""
+    check_tokenizer(tokenizer)
+    return view if tokenizer is None else attrs.evolve(view, tokenizer=tokenizer)
+
+
+def _view_of(model: nn.Module, saved: Source, tokenizer: Any) -> tuple[ModelView, Manifest]:
     """The view of a live model that fits a manifest, and the manifest for it.
 
     The folder's own adapter may have another name in the model, if it is the only one there.
@@ -108,9 +131,11 @@ def _view_of(model: nn.Module, saved: Source) -> tuple[ModelView, Manifest]:
     if saved.own_adapter not in live and len(records) == len(live) == 1:
         names = {saved.own_adapter: live[0]}
     present = {name: live_name for name, live_name in names.items() if live_name in live}
-    view = ModelView(
-        model=model,
+    manifest = for_adapters(saved.manifest, names)
+    view = attrs.evolve(
+        ModelView.of(model),
         adapters=present,
         folders={name: records[name].folder for name in present},
+        probe=inputs_of(manifest.sections.get("predictions")),
     )
-    return view, for_adapters(saved.manifest, names)
+    return _with_tokenizer(view, tokenizer), manifest

@@ -11,6 +11,7 @@ import peft
 from peft import PeftConfig
 
 from peftstate import _models
+from peftstate._arguments import HUB_ARGUMENTS
 from peftstate._files import consistently, manifest_of, read_manifest
 from peftstate._folder import open_folder
 from peftstate._policy import OnMismatch
@@ -115,6 +116,7 @@ class _Auto:
         on_mismatch: OnMismatch | None = None,
         require_manifest: bool = False,
         adapters: Collection[str] | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Rebuild the base model as it was, and load the adapter onto it.
@@ -128,6 +130,7 @@ class _Auto:
             on_mismatch: As in `PeftModel.from_pretrained`.
             require_manifest: As in `PeftModel.from_pretrained`.
             adapters: As in `PeftModel.from_pretrained`.
+            tokenizer: As in `PeftModel.from_pretrained`.
             **kwargs: As in PEFT. What is passed for the base model wins over what was recorded,
                 and is then compared with it like anything else.
 
@@ -144,6 +147,7 @@ class _Auto:
                 "on_mismatch": on_mismatch,
                 "require_manifest": require_manifest,
                 "adapters": adapters,
+                "tokenizer": tokenizer,
             }
             target = cls._target_class
             loader = type(
@@ -166,7 +170,7 @@ class _Auto:
 
 def _recorded(path: str, revision: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says of the base model; nothing if there is none."""
-    hub = {name: kwargs[name] for name in _models.HUB_ARGUMENTS if kwargs.get(name) is not None}
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
     folder = open_folder(path, revision=revision, **hub)
     if not folder.exists(MANIFEST_NAME):
         return {}

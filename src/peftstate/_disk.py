@@ -158,7 +158,9 @@ def _open(path: Path, real: Path) -> int:
         return os.open(real, flags)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise IntegrityError(str(path), "a file", "a link that leads nowhere") from error
+            raise IntegrityError(
+                str(path), "a file", "a link made just now, or one to itself"
+            ) from error
         if error.errno == errno.ENXIO:
             raise IntegrityError(str(path), "a file", "a socket") from error
         raise

@@ -45,16 +45,26 @@ def read_manifest(source: str | os.PathLike[str], **hub: Any) -> Manifest:
     return consistently(folder, lambda: manifest_of(folder))
 
 
-def consistently(folder: AdapterFolder, read: Callable[[], T]) -> T:
-    """Read a folder, and read it again as long as a save comes between."""
+def consistently(
+    folder: AdapterFolder, read: Callable[[], T], fits: Callable[[T], bool] = lambda _: True
+) -> T:
+    """Read a folder, and read it again as long as a save comes between.
+
+    Args:
+        folder: The folder.
+        read: Reads it; an error, like what does not fit, may be due to such a save.
+        fits: Whether what was read fits together.
+    """
     for attempt in range(_ATTEMPTS):
         generation = folder.generation()
         try:
-            return read()
+            result = read()
+            if fits(result) or attempt + 1 == _ATTEMPTS or folder.generation() == generation:
+                return result
         except (PeftStateError, FileNotFoundError):
             if attempt + 1 == _ATTEMPTS or folder.generation() == generation:
                 raise
-            time.sleep(_PAUSE)
+        time.sleep(_PAUSE)
     raise AssertionError("unreachable")
 
 
@@ -79,6 +89,11 @@ def verify_files(source: str | os.PathLike[str], **hub: Any) -> Report:
         IntegrityError: The manifest was changed after it was written.
     """
     folder = open_folder(source, **hub)
+    return consistently(folder, lambda: _compare_files(folder), lambda report: report.ok)
+
+
+def _compare_files(folder: AdapterFolder) -> Report:
+    """Compare the files of a folder once."""
     manifest = manifest_of(folder)
     saved = {name: _diff_value(record.size, record.sha256) for name, record in manifest.files.items()}
     found = {}

@@ -10,7 +10,7 @@ import attrs
 import peft
 from torch import nn
 
-from peftstate._injection import readable_by_peft, set_tensors
+from peftstate._injection import harmless_state_dict, readable_by_peft, set_tensors
 from peftstate._snapshot import Snapshot
 from peftstate._source import Source
 from peftstate._steps import (
@@ -21,8 +21,11 @@ from peftstate._steps import (
     restore_sections,
 )
 from peftstate.manifest import Manifest
-from peftstate.sections import SECTIONS, _origin, adapters, dtype, rng
+from peftstate.sections import _origin, adapters, dtype, records_for_adapters, rng
+from peftstate.sections._bitsandbytes_forms import kept
 from peftstate.sections._view import ModelView
+from peftstate.sections.predictions import inputs_of
+from peftstate.sections.tokenizer import put_back_on_failure
 
 T = TypeVar("T")
 
@@ -40,6 +43,7 @@ def load_model(
     plan: Plan,
     inject: Inject,
     load: Load,
+    tokenizer: Any = None,
 ) -> tuple[peft.PeftModel, _origin.Origin]:
     """Load the adapters of a folder onto a base model.
 
@@ -50,6 +54,7 @@ def load_model(
         plan: Which sections are restored.
         inject: How PEFT loads the first adapter.
         load: How PEFT loads a further one.
+        tokenizer: The tokenizer that is to go with the model. If the load fails, it is as before.
 
     Returns:
         The model, and what its base model's checkpoint gave of it.
@@ -59,26 +64,33 @@ def load_model(
         RestoreError: A section cannot be restored.
     """
     manifest = for_adapters(source.manifest, names)
-    bare = ModelView(model=base)
+    bare = ModelView(model=base, tokenizer=tokenizer)
     check_base(bare, manifest, plan)
     own = source.own_adapter
 
     def steps() -> tuple[peft.PeftModel, _origin.Origin]:
         _spare_data(bare, names=manifest.sections["base_model"].shadowed)
         prepare_base(bare, manifest, plan)
-        with readable_by_peft(source, own) as folder:
+        with readable_by_peft(source, own) as folder, kept(base):
             model = inject(folder, source.adapters[own].peft_config())
         for name in names.keys() - {own}:
-            with readable_by_peft(source, name) as folder:
+            with readable_by_peft(source, name) as folder, kept(base):
                 load(model, folder, names[name])
-        view = ModelView(model=model, adapters=names, folders=_folders(manifest))
+        view = ModelView(
+            model=model,
+            adapters=names,
+            folders=_folders(manifest),
+            tokenizer=tokenizer,
+            probe=inputs_of(manifest.sections.get("predictions")),
+        )
         set_tensors(view, source.adapters, manifest, plan)
         restore_sections(view, manifest, plan)
         compare_restored(view, manifest, plan)
         return model, _origin.of_loaded(view, manifest.sections["base_model"])
 
     restores_rng = rng.SECTION in plan.sections(bare, manifest)
-    return undone_on_failure(base, steps, keep_rng=not restores_rng)
+    with put_back_on_failure(bare):
+        return undone_on_failure(base, steps, keep_rng=not restores_rng)
 
 
 def load_adapter(
@@ -106,7 +118,7 @@ def load_adapter(
 
     def steps() -> Any:
         _spare_data(view, adapter=name)
-        with readable_by_peft(source, own) as folder:
+        with readable_by_peft(source, own) as folder, harmless_state_dict(model):
             result = load(model, folder, name)
         set_tensors(view, source.adapters, manifest, plan)
         expected = _as_live(manifest, view)
@@ -133,12 +145,8 @@ def _spare_data(view: ModelView, *, names: Collection[str] = (), adapter: str = 
 
 def for_adapters(manifest: Manifest, names: Collection[str]) -> Manifest:
     """A manifest without the adapters that are not looked at."""
-    narrowed = {
-        section.name: manifest.sections[section.name].for_adapters(names)
-        for section in SECTIONS
-        if section.per_adapter and section.name in manifest.sections
-    }
-    return attrs.evolve(manifest, sections={**manifest.sections, **narrowed})
+    narrowed = records_for_adapters(manifest.sections, names)
+    return attrs.evolve(manifest, sections=narrowed)
 
 
 def _folders(manifest: Manifest) -> dict[str, str]:

@@ -11,36 +11,33 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import peft
 import torch
 from peft import PeftConfig
 from peft import PeftMixedModel as PeftMixedModel  # as it is: PEFT cannot save it
 
-from peftstate._folder import AdapterFolder, open_folder
+from peftstate._arguments import (
+    HUB_ARGUMENTS,
+    NOT_AN_ADAPTERS,
+    check_tokenizer,
+    folder_with_manifest,
+    is_trainable_in_peft,
+    live_names,
+    plan_of,
+    view_to_save,
+)
 from peftstate._loading import load_adapter, load_model
 from peftstate._policy import OnMismatch, Policy
+from peftstate._reproducible import keep_process
 from peftstate._saving import save
 from peftstate._source import read_source
 from peftstate._steps import LOCK, Plan
-from peftstate._storage import MANIFEST_NAME
 from peftstate._warn import warn
-from peftstate.errors import ManifestNotFoundError, MissingManifestWarning, TrainModeWarning
+from peftstate.errors import TrainModeWarning
 from peftstate.sections import _origin
-from peftstate.sections._view import FINGERPRINTS, ModelView
-
-if TYPE_CHECKING:
-    from peftstate._source import Source
-
-HUB_ARGUMENTS = (
-    "subfolder",
-    "revision",
-    "cache_dir",
-    "token",
-    "local_files_only",
-    "force_download",
-)
+from peftstate.sections._view import ModelView, keep_tokenizer
 
 
 class PeftModel(peft.PeftModel):
@@ -59,6 +56,8 @@ class PeftModel(peft.PeftModel):
         path_initial_model_for_weight_conversion: str | None = None,
         *,
         fingerprint: str = "full",
+        tokenizer: Any = None,
+        prediction_probe: Mapping[str, torch.Tensor] | torch.Tensor | bool | None = None,
         **kwargs: Any,
     ) -> None:
         """Save the adapters as PEFT does, and beside them the state that PEFT drops.
@@ -75,10 +74,17 @@ class PeftModel(peft.PeftModel):
             path_initial_model_for_weight_conversion: As in PEFT.
             fingerprint: What the digests of the base model cover: ``"full"``, every byte;
                 ``"sampled"``, some places of each tensor; ``"off"``, nothing.
+            tokenizer: The tokenizer, or the processor, that goes with the model. It is recorded,
+                and its own files are written into the folder, so that this is complete.
+            prediction_probe: Inputs to predict on, now and after each load: a mapping as `forward`
+                takes it, a tensor of ids, or ``True`` for a fixed row of ids. The logits are
+                stored whole, so a few short texts do.
             **kwargs: As in PEFT.
 
         Raises:
             SaveError: The state cannot be saved; `rescued` is a folder with what PEFT could save.
+            TypeError: The tokenizer or the probe is something else.
+            ValueError: There is no such adapter or fingerprint, or no probe can be made up.
         """
         if os.path.isfile(save_directory):  # noqa: PTH113 - PEFT's own words for this follow
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
@@ -98,10 +104,18 @@ class PeftModel(peft.PeftModel):
                     path_initial_model_for_weight_conversion,
                     **given,
                 )
+            if tokenizer is not None and is_main_process:
+                tokenizer.save_pretrained(str(folder))
 
         if is_main_process:
-            view = _view_to_save(self, selected_adapters, fingerprint)
-            save(view, Path(save_directory), write, restores_base=converts)
+            view = view_to_save(
+                self,
+                selected_adapters,
+                fingerprint=fingerprint,
+                tokenizer=tokenizer,
+                prediction_probe=prediction_probe,
+            )
+            keep_process(self, save(view, Path(save_directory), write, restores_base=converts))
         else:
             write(Path(save_directory), {})
 
@@ -121,6 +135,7 @@ class PeftModel(peft.PeftModel):
         on_mismatch: OnMismatch | None = None,
         require_manifest: bool = False,
         adapters: Collection[str] | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> PeftModel:
         """Load the saved model onto a base model, in the state it was saved in, or raise.
@@ -145,6 +160,8 @@ class PeftModel(peft.PeftModel):
             require_manifest: Whether an adapter without a manifest is an error, not a warning.
             adapters: The adapters to load, by their saved names; by default all. The folder's own
                 is always among them.
+            tokenizer: The tokenizer, or the processor, that goes with the model. If one was saved
+                it must be the same; its sides, maximum length and chat template are set as saved.
             **kwargs: As in PEFT.
 
         Raises:
@@ -155,6 +172,7 @@ class PeftModel(peft.PeftModel):
         """
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         policy = Policy.of(on_mismatch)
+        check_tokenizer(tokenizer)
 
         def peft_load(source: str, trainable: bool, config: PeftConfig | None) -> peft.PeftModel:
             loaded: peft.PeftModel = peft.PeftModel.from_pretrained(
@@ -172,30 +190,33 @@ class PeftModel(peft.PeftModel):
             return loaded
 
         with LOCK:
-            folder = _folder_with_manifest(model_id, hub, require_manifest=require_manifest)
+            folder = folder_with_manifest(model_id, hub, require_manifest=require_manifest)
             if folder is None:
                 origin = _origin.observe(ModelView(model=model))
-                return _attach(peft_load(str(model_id), bool(is_trainable), config), origin)
+                plain = peft_load(str(model_id), bool(is_trainable), config)
+                return _attach(plain, origin, tokenizer)
             for name in hub:
                 del kwargs[name]
             source = read_source(folder, adapters)
-            plan = _plan(policy, source, is_trainable=is_trainable)
-            trainable = _is_trainable_in_peft(source, policy, is_trainable=is_trainable)
+            plan = plan_of(policy, source, is_trainable=is_trainable)
+            trainable = is_trainable_in_peft(source, policy, is_trainable=is_trainable)
             loaded, origin = load_model(
                 model,
                 source,
-                names=_live_names(source, adapter_name),
+                names=live_names(source, adapter_name),
                 plan=plan,
                 inject=lambda path, saved: peft_load(str(path), trainable, config or saved),
                 load=lambda live, path, name: peft.PeftModel.load_adapter(live, str(path), name),
+                tokenizer=tokenizer,
             )
+        keep_process(loaded, source.manifest)
         if is_trainable is None and any(module.training for module in loaded.modules()):
             warn(
                 "The model is in train mode, as it was saved, so dropout is on where it has any. "
                 "For inference call model.eval(), or load it with is_trainable=False.",
                 TrainModeWarning,
             )
-        return _attach(loaded, origin)
+        return _attach(loaded, origin, tokenizer)
 
     def load_adapter(
         self,
@@ -255,13 +276,13 @@ class PeftModel(peft.PeftModel):
             )
 
         with LOCK:
-            folder = _folder_with_manifest(model_id, hub, require_manifest=require_manifest)
+            folder = folder_with_manifest(model_id, hub, require_manifest=require_manifest)
             if folder is None:
                 return peft_load(self, str(model_id), adapter_name)
             for name in hub:
                 del kwargs[name]
             source = read_source(folder, ())
-            plan = Plan(policy=policy, skipped=_NOT_AN_ADAPTERS)
+            plan = Plan(policy=policy, skipped=NOT_AN_ADAPTERS)
             return load_adapter(self, source, name=adapter_name, plan=plan, load=peft_load)
 
 
@@ -301,13 +322,15 @@ _CLASSES: dict[type[peft.PeftModel], type[PeftModel]] = {
 """The class of ours that an object of PEFT's is given."""
 
 
-def attach(model: peft.PeftModel) -> PeftModel:
+def attach(model: peft.PeftModel, *, tokenizer: Any = None) -> PeftModel:
     """Make a model that somebody else wrapped save and load with its whole state.
 
     Args:
         model: What `peft.get_peft_model` or a trainer made; it is changed in place. One that is
             attached already is left alone. Attach before `torch.compile`, FSDP or DDP wrap it, and
             before it is trained: a change of the base model is seen against what it was now.
+        tokenizer: The tokenizer, or the processor, that goes with the model: it is recorded with
+            each save. Its files are written by whoever saves it.
 
     Returns:
         The same object, now of our class of the same name.
@@ -315,18 +338,24 @@ def attach(model: peft.PeftModel) -> PeftModel:
     Raises:
         TypeError: It is not a PEFT model, or of a class that this version does not know.
     """
-    if isinstance(model, PeftModel):
-        return model
-    return _attach(model, _origin.observe(ModelView.of(model)))
+    check_tokenizer(tokenizer)
+    if not isinstance(model, PeftModel):
+        return _attach(model, _origin.observe(ModelView.of(model)), tokenizer)
+    if tokenizer is not None:
+        keep_tokenizer(model, tokenizer)
+    return model
 
 
-def _attach(model: peft.PeftModel, origin: _origin.Origin) -> PeftModel:
+def _attach(
+    model: peft.PeftModel, origin: _origin.Origin, tokenizer: Any = None
+) -> PeftModel:
     """Give a model its class, and what was seen of its base before it was trained."""
     if type(model) not in _CLASSES:
         known = ", ".join(cls.__name__ for cls in _CLASSES)
         raise TypeError(f"cannot attach to a {type(model).__name__}; it must be one of PEFT's {known}")
     model.__class__ = _CLASSES[type(model)]
     _origin.keep(model, origin)
+    keep_tokenizer(model, tokenizer)
     assert isinstance(model, PeftModel)
     return model
 
@@ -358,82 +387,3 @@ def get_peft_model(model: torch.nn.Module, peft_config: PeftConfig, *args: Any, 
     origin = _origin.observe(ModelView(model=model))
     wrapped = peft.get_peft_model(model, peft_config, *args, **kwargs)
     return wrapped if isinstance(wrapped, PeftMixedModel) else _attach(wrapped, origin)
-
-
-_NOT_AN_ADAPTERS = frozenset(
-    {"implementation", "training", "generation", "environment", "rng"}
-)
-"""Sections that say nothing of one adapter in a model that has more."""
-_OF_TRAINING = frozenset({"training", "rng"})
-"""Sections that a load for inference leaves alone."""
-
-
-def _folder_with_manifest(
-    model_id: str | os.PathLike[str], hub: Mapping[str, Any], *, require_manifest: bool
-) -> AdapterFolder | None:
-    """Open a folder; `None`, after a warning, if there is no manifest in it.
-
-    Raises:
-        ManifestNotFoundError: There is none, but one is required.
-    """
-    folder = open_folder(model_id, **hub)
-    if folder.exists(MANIFEST_NAME):
-        return folder
-    path = str(folder.path / MANIFEST_NAME)
-    if require_manifest:
-        raise ManifestNotFoundError(path)
-    warn(
-        f"{path}: there is no peftstate manifest. The adapter is loaded as PEFT loads it; nothing "
-        "of its state is verified or restored. Save it with peftstate to change that.",
-        MissingManifestWarning,
-    )
-    return None
-
-
-def _plan(policy: Policy, source: Source, *, is_trainable: bool | None) -> Plan:
-    """Which sections a load restores."""
-    if is_trainable is False:
-        return Plan(policy=policy, skipped=_OF_TRAINING)
-    if is_trainable and not source.manifest.sections["training"].trains_adapter:
-        return Plan(policy=policy, skipped=frozenset({"training"}))
-    return Plan(policy=policy)
-
-
-def _is_trainable_in_peft(source: Source, policy: Policy, *, is_trainable: bool | None) -> bool:
-    """What PEFT is told, which refuses to load prompts for training; `training` restores that."""
-    if source.is_prompt_learning:
-        return False
-    if is_trainable is not None:
-        return is_trainable
-    saved: bool = source.manifest.sections["training"].trains_adapter
-    return saved and policy.handles("training")
-
-
-def _live_names(source: Source, adapter_name: str) -> dict[str, str]:
-    """The names of the adapters in the model: the folder's own gets the one that was asked for."""
-    names = {name: name for name in source.adapters}
-    names[source.own_adapter] = adapter_name
-    if len(set(names.values())) < len(names):
-        raise ValueError(
-            f"adapter_name={adapter_name!r} is also the name of another adapter in {source.folder.path}; "
-            "choose another one, or limit adapters=."
-        )
-    return names
-
-
-def _view_to_save(model: PeftModel, selected: list[str] | None, fingerprint: str) -> ModelView:
-    """The view of the adapters that are saved.
-
-    Raises:
-        ValueError: There is no such adapter, or no such fingerprint.
-    """
-    if fingerprint not in FINGERPRINTS:
-        raise ValueError(f"{fingerprint=} is none of {FINGERPRINTS}")
-    view = ModelView.of(model, fingerprint=fingerprint)
-    names = list(view.adapters) if selected is None else selected
-    if unknown := [name for name in names if name not in view.adapters]:
-        raise ValueError(
-            f"You passed an invalid `selected_adapters` arguments, current supported adapter names "
-            f"are {list(view.adapters)} - got {unknown}."
-        )
-    return view.limited_to(names)

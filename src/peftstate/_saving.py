@@ -24,7 +24,7 @@ from peftstate._storage import (
 from peftstate._weights import parse_weights
 from peftstate.errors import PeftStateError, SaveError
 from peftstate.manifest import FileRecord, Manifest
-from peftstate.sections import SECTIONS, _origin, adapters
+from peftstate.sections import SECTIONS, _origin, adapters, records_for_adapters
 from peftstate.sections._adapter_tensors import adapter_tensors, at_rest, live_tensors
 from peftstate.sections._tensors import sidecar_tensors, tensor_records
 
@@ -38,6 +38,7 @@ WriteAdapter = Callable[[Path, dict[str, "torch.Tensor"]], None]
 """PEFT's own `save_pretrained`: writes a model into a folder, from a state dict."""
 
 README_NAME = "README.md"
+TOKENIZER_NAME = "tokenizer_config.json"
 
 
 def capture_sections(view: ModelView) -> dict[str, Any]:
@@ -112,11 +113,7 @@ def _folders(view: ModelView) -> list[tuple[ModelView, str]]:
 
 def _for_folder(records: Mapping[str, Any], view: ModelView) -> dict[str, Any]:
     """The records as one folder holds them: of its own adapters."""
-    per_adapter = {section.name for section in SECTIONS if section.per_adapter}
-    narrowed = {
-        name: record.for_adapters(view.adapters) if name in per_adapter else record
-        for name, record in records.items()
-    }
+    narrowed = records_for_adapters(records, view.adapters)
     narrowed["adapters"] = narrowed["adapters"].in_folders(view.folders)
     return narrowed
 
@@ -124,12 +121,20 @@ def _for_folder(records: Mapping[str, Any], view: ModelView) -> dict[str, Any]:
 def _remove_stale(view: ModelView, staging: Path) -> None:
     """Have files removed that an older save left and this one does not write.
 
-    PEFT would load an old ``.safetensors`` file rather than a new ``.bin`` one.
+    PEFT would load an old ``.safetensors`` file rather than a new ``.bin`` one, and transformers
+    an old chat template beside a tokenizer that has none.
     """
-    for folder in view.folders.values():
-        for name in (*WEIGHTS_NAMES, SIDECAR_NAME):
-            if not (staging / folder / name).exists():
-                mark_removed(staging / folder / name)
+    stale = [
+        staging / folder / name
+        for folder in view.folders.values()
+        for name in (*WEIGHTS_NAMES, SIDECAR_NAME)
+    ]
+    if (staging / TOKENIZER_NAME).exists():
+        names = ["added_tokens.json", "chat_template.jinja", "special_tokens_map.json"]
+        stale += [staging / name for name in names]
+    for file in stale:
+        if not file.exists():
+            mark_removed(file)
 
 
 def _write_state(records: dict[str, Any], view: ModelView, folder: Path) -> Manifest:

@@ -39,11 +39,12 @@ def manifest_schema() -> _Schema:
     """The schema of a manifest that this version writes."""
     definitions: dict[str, _Schema] = {}
     sections = {section.name: _of(section.record, definitions) for section in SECTIONS}
+    optional = frozenset(section.name for section in SECTIONS if section.is_optional)
     files = {"type": "object", "additionalProperties": _of(FileRecord, definitions)}
     properties = {
         "schema_version": {"const": SCHEMA_VERSION},
         "peftstate_version": {"type": "string"},
-        "sections": _object(sections),
+        "sections": _object(sections, optional),
         "files": files,
         "digest": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
     }

@@ -56,10 +56,11 @@ class Snapshot:
         """Take a snapshot."""
         tensors = {id(tensor): tensor for tensor in _tensors(model)}
         owners = [*model.modules(), *_configs(model)]
+        inner = [getattr(tensor, "quant_state", None) for tensor in tensors.values()]
+        inner += [getattr(module, "state", None) for module in model.modules()]  # of 8-bit layers
         owners += [
             owner
-            for tensor in tensors.values()
-            for owner in (tensor, getattr(tensor, "quant_state", None))
+            for owner in (*tensors.values(), *inner)
             if hasattr(owner, "__dict__") and vars(owner)
         ]
         return cls(

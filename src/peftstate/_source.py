@@ -121,11 +121,6 @@ def _check_folders(manifest: Manifest, path: str) -> None:
         except ValueError as error:
             field = f"sections.adapters.adapters[{name}].folder"
             raise ManifestDecodeError(path, str(error), field=field) from None
-    for name in manifest.files:
-        try:
-            safe_name(name)
-        except ValueError as error:
-            raise ManifestDecodeError(path, str(error), field=f"files[{name}]") from None
     if sum(record.folder == "." for record in records.values()) != 1:
         message = "exactly one adapter must be in the manifest's own folder"
         raise ManifestDecodeError(path, message, field="sections.adapters.adapters")

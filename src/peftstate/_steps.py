@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from peftstate._diff import Mismatch, steps
+from peftstate._diff import Mismatch
+from peftstate._diff import steps as path_steps
 from peftstate._policy import Policy
 from peftstate._report import Report
 from peftstate.errors import PeftStateError, RestoreError
@@ -62,7 +63,7 @@ def check_base(view: ModelView, manifest: Manifest, plan: Plan) -> None:
             mismatches = tuple(
                 mismatch
                 for mismatch in _compare(section, section.capture_like, view, manifest)
-                if not section.restored & set(steps(mismatch.field))
+                if not section.restored & set(path_steps(mismatch.field))
             )
             plan.policy.apply(Report(mismatches, (section.name,)))
 
@@ -88,10 +89,13 @@ def prepare_base(view: ModelView, manifest: Manifest, plan: Plan) -> None:
 
 def restore_sections(view: ModelView, manifest: Manifest, plan: Plan) -> None:
     """Bring the wrapped model into the saved state."""
-    for section in plan.sections(view, manifest):
-        if section.restore is not None:
+    sections = plan.sections(view, manifest)
+    steps = [(section, section.restore) for section in sections]
+    steps += [(section, section.finish) for section in sections]
+    for section, step in steps:
+        if step is not None:
             with _restoring(section):
-                section.restore(manifest.sections[section.name], view)
+                step(manifest.sections[section.name], view)
 
 
 @contextmanager

@@ -9,8 +9,9 @@ import attrs
 
 from peftstate import __version__
 from peftstate._codec import DecodeError, canonical, decode, dumps, encode, loads
-from peftstate._diff import Json, step
+from peftstate._diff import Json, join, step
 from peftstate._digest import seal_digest
+from peftstate._names import safe_name
 from peftstate.errors import IntegrityError, ManifestDecodeError, SchemaVersionError
 from peftstate.sections import SECTIONS
 
@@ -127,7 +128,7 @@ def _decode_sections(value: Json) -> dict[str, Any]:
     optional = {section.name for section in SECTIONS if section.is_optional}
     for key in sorted((names ^ value.keys()) - optional):
         message = "is missing" if key in names else "unknown section"
-        raise DecodeError(message, field=f"sections.{step(key)}")
+        raise DecodeError(message, field=join("sections", step(key)))
     records = {}
     for section in SECTIONS:
         if section.name not in value:
@@ -135,9 +136,7 @@ def _decode_sections(value: Json) -> dict[str, Any]:
         try:
             records[section.name] = section.decode(value[section.name])
         except DecodeError as error:
-            field = f"sections.{section.name}"
-            if error.field:
-                field += error.field if error.field.startswith("[") else f".{error.field}"
+            field = join(f"sections.{section.name}", error.field)
             raise DecodeError(str(error), field=field) from None
     return records
 
@@ -149,10 +148,10 @@ def _decode_files(value: Json) -> dict[str, FileRecord]:
     records = {}
     for name, item in value.items():
         try:
-            records[name] = decode(item, FileRecord)
-        except DecodeError as error:
-            tail = f".{error.field}" if error.field else ""
-            raise DecodeError(str(error), field=f"files[{name}]{tail}") from None
+            records[safe_name(name)] = decode(item, FileRecord)
+        except ValueError as error:
+            inner = error.field if isinstance(error, DecodeError) else ""
+            raise DecodeError(str(error), field=join(f"files[{name}]", inner)) from None
     return records
 
 

@@ -27,12 +27,13 @@ class PeftStateCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: Any = None,
+        processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Attach to the trainer's model."""
+        """Attach to the trainer's model, whose saves record the tokenizer that the trainer saves."""
         del args, state, control, kwargs
         if isinstance(model, peft.PeftModel):
-            attach(model)
+            attach(model, tokenizer=processing_class)
         else:
             logger.warning(
                 "PeftStateCallback: the model is a %s, not a PEFT model; its saves carry no manifest.",

@@ -41,6 +41,7 @@ class Section(Generic[R]):
             read again.
         prepare: Puts the state back on the bare base model, before the adapter is injected.
         restore: Puts the state back on the wrapped model.
+        finish: What must come after every `restore`, for it depends on what these did.
         restored: Names of the fields that `prepare` or `restore` set; a difference there is no
             reason to refuse a base model before it is touched.
         checked_on_base: Whether the section is compared on the bare base model, before it is
@@ -63,6 +64,7 @@ class Section(Generic[R]):
     )
     prepare: Callable[[R, ModelView], None] | None = None
     restore: Callable[[R, ModelView], None] | None = None
+    finish: Callable[[R, ModelView], None] | None = None
     restored: frozenset[str] = frozenset()
     checked_on_base: bool = False
     per_adapter: bool = False

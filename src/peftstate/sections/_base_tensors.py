@@ -10,6 +10,7 @@ import attrs
 from peftstate.sections import _bitsandbytes
 from peftstate.sections import _bitsandbytes_forms as forms
 from peftstate.sections._tensors import TensorRecord, in_threads, is_readable, tensor_record
+from peftstate.sections._walk import original
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +112,7 @@ def records(view: ModelView, tensors: Mapping[str, BaseTensor]) -> dict[str, Ten
 
 
 def embedding_weight(base: Any, side: Literal["input", "output"]) -> torch.Tensor | None:
-    """The weight of a model's input or output embeddings, where it has them."""
+    """The weight of a model's own input or output embeddings, where it has them."""
     getter = getattr(base, f"get_{side}_embeddings", None)
     if getter is None:
         return None
@@ -119,5 +120,7 @@ def embedding_weight(base: Any, side: Literal["input", "output"]) -> torch.Tenso
         layer = getter()
     except (AttributeError, NotImplementedError):  # how models of transformers say they have none
         return None
-    weight: torch.Tensor | None = getattr(layer, "weight", None)
+    if layer is None:
+        return None
+    weight: torch.Tensor | None = getattr(original(layer), "weight", None)
     return weight

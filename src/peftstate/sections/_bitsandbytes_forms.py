@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -170,6 +171,22 @@ def convert(module: nn.Module, form: str, *, cycles: int = 1) -> None:
     """Bring a layer into a form, of which `can_compute` and `can_hold` must hold."""
     if form != form_of(module):
         assign(module, in_form(module, form, cycles=cycles))
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Keep packed layers as they are, although ``state_dict()`` is called inside."""
+    packed = [
+        (module, attrs.evolve(weight, state=copy.copy(weight.state)))
+        for module in model.modules()
+        if form_of(module) == PACKED
+        for weight in [weight_of(module)]
+    ]
+    try:
+        yield
+    finally:
+        for module, weight in packed:
+            assign(module, weight)
 
 
 def scales(weight: Weight4bit) -> list[torch.Tensor]:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+from collections.abc import Collection
 from pathlib import Path
+
+from peftstate._digest import json_digest
+from peftstate.sections import _flags
 
 PACKAGES = (
     "accelerate",
@@ -20,6 +25,27 @@ PACKAGES = (
     "unsloth",
 )
 """Distributions whose version is recorded if they are installed."""
+
+VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DISABLE_ADDMM_CUDA_LT",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA",
+    "FLASH_ATTENTION_DETERMINISTIC",
+    "HIPBLAS_WORKSPACE_CONFIG",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+    "PYTORCH_TUNABLEOP_ENABLED",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+    "TORCH_BLAS_PREFER_HIPBLASLT",
+)
+"""Environment variables that decide which kernels run, or how they round. Libraries read them when
+they start, so that setting them later is of no use."""
 
 
 def versions() -> dict[str, str]:
@@ -51,7 +77,25 @@ def processor() -> str:
     import torch
 
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text("utf-8", "replace").splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = models[0] if models else platform.processor() or platform.machine()
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def variables() -> dict[str, str]:
+    """The environment variables of `VARIABLES` that are set."""
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
+
+
+def key(kinds: Collection[str]) -> str:
+    """A digest that is the same where the same computation gives the same bits.
+
+    Args:
+        kinds: The kinds of device that it runs on.
+    """
+    import torch
+
+    on_cpu = [processor(), torch.get_num_threads()] if "cpu" in kinds else None
+    facts = [sorted(kinds), versions(), torch.version.cuda, accelerators(), on_cpu, variables()]
+    return json_digest([*facts, _flags.read()])

@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 
     from peftstate.sections._tensors import TensorRecord
 
+_TOKENIZER = "_peftstate_tokenizer"
 FINGERPRINTS = ("full", "sampled", "off")
 """What digests of a base model may cover: every byte, some places of each tensor, nothing."""
+
+
+def keep_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Have a model carry the tokenizer that goes with it."""
+    setattr(model, _TOKENIZER, tokenizer)
 
 
 @attrs.frozen(kw_only=True)
@@ -51,6 +57,7 @@ class ModelView:
             adapters={name: name for name in names},
             folders={name: "." if name == "default" else name for name in names},
             fingerprint=fingerprint,
+            tokenizer=getattr(model, _TOKENIZER, None),
         )
 
     def limited_to(self, names: Collection[str]) -> ModelView:

@@ -12,7 +12,7 @@ adapter must be found again under another name. So everything belongs to one *pa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import attrs
 
@@ -95,6 +95,16 @@ def base_of(model: nn.Module) -> nn.Module:
     """The base model inside a PEFT model (or the model itself), not compiled."""
     base = model.get_base_model() if is_peft_model(model) else model
     return getattr(base, "_orig_mod", base)
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The base model's module that layers of PEFT are around; or the module itself."""
+    while (name := _original_of(module)) is not None:
+        inner = module._modules[name]
+        if inner is None:
+            break
+        module = inner
+    return module
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
@@ -200,6 +210,18 @@ def _is_adapted_attention(module: nn.Module) -> bool:
     return isinstance(module, (AdaptedAttention, AdaptedAttentionGPT))
 
 
+def replicated_layers(model: Any) -> list[int] | None:
+    """The layers that LoRA's `layer_replication` made the model's layers of, by their old numbers.
+
+    The new layers share the parameters of the old ones
+    (`peft/tuners/tuners_utils.py::replicate_layers`).
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        if ranges := getattr(config, "layer_replication", None):
+            return [number for start, end in ranges for number in range(start, end)]
+    return None
+
+
 def _cached_layers(model: nn.Module) -> dict[int, list[tuple[str, str, nn.Module]]]:
     """The layers of adaption prompts that are not in the model now.
 
@@ -250,6 +272,7 @@ class _Walk:
         self._base = base_of(model)
         self._adapters = tuple(getattr(model, "peft_config", ())) if is_peft_model(model) else ()
         self._cached = _cached_layers(model)
+        self._replicated = replicated_layers(model) if self._adapters else None
         self._seen: set[int] = set()
 
     def run(self) -> Iterator[Site]:
@@ -279,9 +302,21 @@ class _Walk:
         yield Site("base", None, name, module, **attrs.asdict(over))
         for adapter, key, layer in self._cached.get(id(module), ()):
             yield Site("adapter", adapter, _join(live, key), layer)
+        numbers = self._numbers_of(module)
         for key, child in module._modules.items():
             if child is not None:
-                yield from self._walk_base(child, _join(name, key), _join(live, key), over)
+                inner = _join(name, numbers.get(key, key))
+                yield from self._walk_base(child, inner, _join(live, key), over)
+
+    def _numbers_of(self, module: nn.Module) -> dict[str, str]:
+        """Of a list of replicated layers, the number that each has in the bare model."""
+        from torch import nn
+
+        numbers = self._replicated
+        if numbers is None or not isinstance(module, nn.ModuleList) or len(module) != len(numbers):
+            return {}
+        self._replicated = None  # there is one such list
+        return {str(new): str(old) for new, old in enumerate(numbers)}
 
     def _walk_layer(
         self, module: nn.Module, name: str, live: str, original: str, over: _Over
@@ -299,7 +334,7 @@ class _Walk:
 
     def _owners(self, module: nn.Module) -> tuple[str, ...]:
         """The adapters of a layer that holds nothing by the names of adapters."""
-        if _is_adapted_attention(module):
+        if self._adapters and _is_adapted_attention(module):
             return tuple(self._model.active_adapters)
         return self._adapters
 

@@ -20,7 +20,7 @@ from peftstate.sections import _origin
 from peftstate.sections._base import Section
 from peftstate.sections._base_tensors import base_tensors, embedding_weight, records
 from peftstate.sections._tensors import TensorRecord, in_threads, tensor_record
-from peftstate.sections._walk import is_peft_model
+from peftstate.sections._walk import is_peft_model, replicated_layers
 
 if TYPE_CHECKING:
     import torch
@@ -214,7 +214,7 @@ def _describe(
         name=_portable(name),
         revision=revision,
         commit=_commit(name, revision),
-        config=_fields(config),
+        config=_fields_of_bare(view, config),
         load_dtype=_load_dtype(config),
         tied_embeddings=_tied(base),
         fingerprint=fingerprint,
@@ -230,6 +230,14 @@ def _fields(config: Any) -> dict[str, Json]:
         return {}
     fields: dict[str, Json] = json.loads(json.dumps(config.to_dict(), default=str))
     return _without_ignored(fields)
+
+
+def _fields_of_bare(view: ModelView, config: Any) -> dict[str, Json]:
+    """The fields of a model's config that say the same of the bare model."""
+    fields = _fields(config)
+    if replicated_layers(view.model) is not None:  # PEFT writes its own number of layers there
+        fields.pop("num_hidden_layers", None)
+    return fields
 
 
 def _without_ignored(fields: dict[str, Json]) -> dict[str, Json]:

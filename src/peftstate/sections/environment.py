@@ -19,6 +19,7 @@ from peftstate.sections._base import Section
 if TYPE_CHECKING:
     from peftstate.sections._view import ModelView
 
+
 @attrs.frozen(kw_only=True)
 class EnvironmentRecord:
     """Where a model was saved.

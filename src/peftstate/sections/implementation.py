@@ -136,13 +136,18 @@ def _autocast(model: nn.Module) -> AutocastRecord | None:
 
 
 def _hooks(view: ModelView) -> dict[str, tuple[str, ...]]:
-    """The forward hooks on the base model's modules."""
+    """The forward hooks on the base model's modules.
+
+    That which makes inputs require gradients counts once: PEFT sets it when it prepares a model
+    and again when it wraps it, which changes nothing.
+    """
     found = {}
     for name, module in view.base_modules():
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         names = [_function_name(hook) for hook in hooks]
+        others = [name for name in names if not name.endswith(_INPUT_HOOK)]
         if names:
-            found[name] = tuple(names)
+            found[name] = tuple(others + sorted(set(names) - set(others)))
     return found
 
 
@@ -167,11 +172,22 @@ def restore(record: ImplementationRecord, view: ModelView) -> None:
     """Set what can be set; implementations as far as they are of the closed tables."""
     _restore_functions(record, view)
     _restore_autocast(record, view.model)
-    if _restorable_hooks(record.hooks) and not _restorable_hooks(_hooks(view)):
+    _restore_input_hook(record, view)
+
+
+def _restore_input_hook(record: ImplementationRecord, view: ModelView) -> None:
+    """Set or remove the hook that makes inputs require gradients."""
+    saved, found = _has_input_hook(record.hooks), _has_input_hook(_hooks(view))
+    if saved and not found and hasattr(view.base, "enable_input_require_grads"):
         view.base.enable_input_require_grads()
+    if found and not saved:
+        for _, module in view.base_modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if _function_name(hook).endswith(_INPUT_HOOK):
+                    del module._forward_hooks[key]
 
 
-def _restorable_hooks(hooks: Mapping[str, tuple[str, ...]]) -> bool:
+def _has_input_hook(hooks: Mapping[str, tuple[str, ...]]) -> bool:
     """Whether the hook is there that makes inputs require gradients."""
     return any(name.endswith(_INPUT_HOOK) for names in hooks.values() for name in names)
 

@@ -23,6 +23,7 @@ from peftstate.sections._base import Section
 from peftstate.sections._bitsandbytes import LayerSettings, LayerState
 from peftstate.sections._table import Table
 from peftstate.sections._tensors import digest
+from peftstate.sections._walk import is_peft_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +48,8 @@ class QuantizationRecord:
             numbers, ``{"model.layers.*.mlp.up_proj": "0-27"}``.
         layers: How they are quantized.
         state: What was set on them and what running them changed; restored.
+        requantized: Layers that an adapter is merged into, for which their weight was quantized
+            again; they are compared after the load has merged it again.
         scales: Digest of the scales that packing rounded, of all layers that are not fresh;
             `None` if all are.
     """
@@ -57,11 +60,12 @@ class QuantizationRecord:
     modules: Mapping[str, str]
     layers: Table[LayerSettings]
     state: Table[LayerState]
+    requantized: tuple[str, ...]
     scales: str | None
 
 
 RESTORED = frozenset({"state", "scales"})
-"""The fields that `prepare` sets."""
+"""The fields that `prepare` and `finish` set."""
 
 
 def capture(view: ModelView) -> QuantizationRecord:
@@ -79,6 +83,9 @@ def capture(view: ModelView) -> QuantizationRecord:
         modules=_numbered(layers),
         layers=_table(layers, _bitsandbytes.settings_of),
         state=_table(layers, _bitsandbytes.state_of),
+        requantized=tuple(
+            sorted(site.name for site in view.sites() if site.merged and site.name in layers)
+        ),
         scales=_scales_digest(
             forms.weight_of(module)
             for module in layers.values()
@@ -97,13 +104,29 @@ def capture_like(view: ModelView, record: QuantizationRecord) -> QuantizationRec
     compares_config = {record.method, found.method} - {None, BITSANDBYTES}
     saved = {module: record.state[name] for name, module in layers.items()}
     state = _table(layers, lambda module: _comparable_state(module, saved[module]))
+    if not is_peft_model(view.model):
+        found = attrs.evolve(found, layers=_as_merged(record, layers))
     return attrs.evolve(
         found,
+        requantized=record.requantized,
         config=found.config if compares_config else record.config,
         pre_quantized=record.pre_quantized,
         state=state,
         scales=found.scales if state == found.state else record.scales,
     )
+
+
+def _as_merged(
+    record: QuantizationRecord, layers: Mapping[str, nn.Module]
+) -> Table[LayerSettings]:
+    """The settings of a bare base model's layers; of those that a load merges into, the saved."""
+    settings = {
+        name: record.layers[name]
+        if name in record.requantized
+        else _bitsandbytes.settings_of(module)
+        for name, module in layers.items()
+    }
+    return Table.of({name: value for name, value in settings.items() if value is not None})
 
 
 def _comparable_state(module: nn.Module, saved: LayerState | None) -> LayerState | None:
@@ -121,14 +144,25 @@ def _comparable_state(module: nn.Module, saved: LayerState | None) -> LayerState
 
 
 def prepare(record: QuantizationRecord, view: ModelView) -> None:
-    """Set the compute dtype of each layer, and bring it into its form."""
-    wanted: list[tuple[nn.Module, str]] = []
+    """Set the compute dtype of each layer."""
     for name, module in _layers(view).items():
         state = record.state[name]
         if state is not None:
             _bitsandbytes.set_compute_dtype(module, state)
-            if state.form != forms.FRESH:
-                wanted.append((module, state.form))
+
+
+def finish(record: QuantizationRecord, view: ModelView) -> None:
+    """Set the compute dtype of layers that a merge made new, and bring each into its form.
+
+    PEFT asks for the state dict while it loads, which would unpack a layer, and cannot merge into
+    one that is packed.
+    """
+    prepare(record, view)
+    wanted = [
+        (module, state.form)
+        for name, module in _layers(view).items()
+        if (state := record.state[name]) is not None and state.form != forms.FRESH
+    ]
     if not all(forms.can_hold(module, form) for module, form in wanted):
         warnings.warn(
             "The 4-bit layers of the base model were saved as a CPU with AVX512-BF16 repacks them "
@@ -245,6 +279,7 @@ SECTION = Section(
     capture=capture,
     capture_like=capture_like,
     prepare=prepare,
+    finish=finish,
     restored=RESTORED,
     checked_on_base=True,
     error=QuantizationMismatchError,

@@ -15,33 +15,13 @@ import attrs
 
 from peftstate._diff import Json
 from peftstate.errors import RuntimeMismatchError
-from peftstate.sections import _flags
+from peftstate.sections import _flags, _platform
 from peftstate.sections._base import Section
 from peftstate.sections._tensors import dtype_name
 
 if TYPE_CHECKING:
     from peftstate.sections._view import ModelView
 
-VARIABLES = (
-    "ATEN_CPU_CAPABILITY",
-    "CUBLAS_WORKSPACE_CONFIG",
-    "DISABLE_ADDMM_CUDA_LT",
-    "DNNL_DEFAULT_FPMATH_MODE",
-    "DNNL_MAX_CPU_ISA",
-    "FLASH_ATTENTION_DETERMINISTIC",
-    "HIPBLAS_WORKSPACE_CONFIG",
-    "MKL_CBWR",
-    "MKL_ENABLE_INSTRUCTIONS",
-    "NVIDIA_TF32_OVERRIDE",
-    "ONEDNN_DEFAULT_FPMATH_MODE",
-    "ONEDNN_MAX_CPU_ISA",
-    "PYTORCH_TUNABLEOP_ENABLED",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-    "TORCH_BLAS_PREFER_CUBLASLT",
-    "TORCH_BLAS_PREFER_HIPBLASLT",
-)
-"""Environment variables that decide which kernels run, or how they round. Libraries read them when
-they start, so that nothing sets them later."""
 AUTOCAST_DEVICES = ("cpu", "cuda", "hpu", "mps", "xpu")
 """Kinds of device that are looked at for autocast."""
 
@@ -56,7 +36,7 @@ class RuntimeRecord:
             there.
         autocast: The dtype of each kind of device for which autocast is on, in the thread that
             captured.
-        variables: Those of `VARIABLES` that are set.
+        variables: Those environment variables of `_platform.VARIABLES` that are set.
     """
 
     flags: Mapping[str, Json]
@@ -78,7 +58,7 @@ def capture(view: ModelView) -> RuntimeRecord:
             for device in AUTOCAST_DEVICES
             if torch.is_autocast_enabled(device)
         },
-        variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
+        variables=_platform.variables(),
     )
 
 
