@@ -1,4 +1,4 @@
-"""What the tests share: tiny models, made from configs, and a process that each test leaves alone."""
+"""What the tests share: tiny models made from configs, and a process that no test changes."""
 
 from __future__ import annotations
 

@@ -30,9 +30,7 @@ def test_auto_classes_are_pefts_by_name_and_by_inheritance(name):
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "int8"])
-def test_the_base_is_rebuilt_and_the_logits_are_equal(
-    load_base, with_lora, logits, tmp_path, kind
-):
+def test_the_base_is_rebuilt_and_the_logits_are_equal(load_base, with_lora, logits, tmp_path, kind):
     """Quantization, dtypes and attention come from the manifest; nothing need be passed."""
     base = load_base(kind, attn_implementation="eager")
     if kind == "nf4":
@@ -49,9 +47,7 @@ def test_a_sequence_classifier_comes_back_with_its_head(
     load_base, with_lora, logits, causal_lm, tmp_path
 ):
     """A head that was initialised at random is the saved one after the reload."""
-    base = load_base(
-        auto_class="AutoModelForSequenceClassification", path=causal_lm, num_labels=5
-    )
+    base = load_base(auto_class="AutoModelForSequenceClassification", path=causal_lm, num_labels=5)
     model = with_lora(base, task_type="SEQ_CLS")
     model.save_pretrained(tmp_path)
     loaded = peftstate.AutoPeftModelForSequenceClassification.from_pretrained(

@@ -21,17 +21,54 @@ from safetensors.torch import load_file, save_file
 
 import peftstate
 from peftstate import errors
+from tests._tokenizers import make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::peftstate.errors.TrainModeWarning")
 
-NUMBERS = """
-    A1 A2 A3 A4 A5 A6 A7 A8 A9
-    B1 B2 B3 B4 B5 B6 B7 B8 B9 B10
-    C1 C2 C3 C4 C5 C6 C7 C8 C9
-    D1 D2 D3 D4 D5 D6 D7
-    E1 E2
-    F1 F2 F3 F4 F5
-""".split()
+NUMBERS = [
+    "A1",
+    "A2",
+    "A3",
+    "A4",
+    "A5",
+    "A6",
+    "A7",
+    "A8",
+    "A9",
+    "B1",
+    "B2",
+    "B3",
+    "B4",
+    "B5",
+    "B6",
+    "B7",
+    "B8",
+    "B9",
+    "B10",
+    "C1",
+    "C2",
+    "C3",
+    "C4",
+    "C5",
+    "C6",
+    "C7",
+    "C8",
+    "C9",
+    "D1",
+    "D2",
+    "D3",
+    "D4",
+    "D5",
+    "D6",
+    "D7",
+    "E1",
+    "E2",
+    "F1",
+    "F2",
+    "F3",
+    "F4",
+    "F5",
+]
 
 
 def test_every_cause_has_a_test():
@@ -66,7 +103,7 @@ def test_a1_keys_do_not_match(load_base, with_lora, tmp_path):
     with_lora(load_base()).save_pretrained(tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
     save_file({f"_orig_mod.{key}": value for key, value in load_file(weights).items()}, weights)
-    with pytest.raises(errors.IntegrityError, match="adapter_model.safetensors"):
+    with pytest.raises(errors.IntegrityError, match=r"adapter_model\.safetensors"):
         peftstate.PeftModel.from_pretrained(load_base(), tmp_path)
 
 
@@ -209,7 +246,7 @@ def test_b7_the_config_of_the_base_was_edited(load_base, with_lora, reload):
     base = load_base()
     base.config.eos_token_id = 9
     assert reload(with_lora(base)).config.eos_token_id == 9
-    with pytest.raises(errors.BaseModelMismatchError, match="config.hidden_act: saved 'silu'"):
+    with pytest.raises(errors.BaseModelMismatchError, match=r"config\.hidden_act: saved 'silu'"):
         reload(with_lora(load_base()), hidden_act="gelu")
 
 
@@ -368,7 +405,7 @@ def test_d3_config_fields_that_are_dropped(load_base, with_lora, tmp_path):
     config = json.loads(path.read_text())
     del config["use_rslora"]
     path.write_text(json.dumps(config))
-    with pytest.raises(errors.AdapterMismatchError, match="config.use_rslora: saved False"):
+    with pytest.raises(errors.AdapterMismatchError, match=r"config\.use_rslora: saved False"):
         peftstate.PeftModel.from_pretrained(load_base(), tmp_path)
 
 
@@ -395,9 +432,7 @@ def test_d4_frozen_parts_that_come_from_a_seed(load_base, reload, equal, monkeyp
 def test_d5_prompts_that_are_saved_for_inference_only(load_base, reload, equal, config):
     """The layers that computed a prompt come back, and it can be trained further."""
     fields = {"prefix_projection": True} if config is peft.PrefixTuningConfig else {}
-    prompt = config(
-        task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8, **fields
-    )
+    prompt = config(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8, **fields)
     model = peftstate.get_peft_model(load_base(), prompt)
     loaded = reload(model)
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
@@ -423,5 +458,109 @@ def test_d7_another_layout_of_experts(load_base, with_lora, tmp_path):
     sections = {**manifest.sections, "environment": older}
     data = attrs.evolve(manifest, sections=sections).to_json()
     (tmp_path / "peftstate.json").write_bytes(data)
-    with pytest.warns(errors.StateMismatchWarning, match=r"packages.peft: saved '0.17.0'"):
+    with pytest.warns(errors.StateMismatchWarning, match=r"packages\.peft: saved '0.17.0'"):
         peftstate.PeftModel.from_pretrained(load_base(), tmp_path)
+
+
+def test_e1_the_tokenizer_and_its_template(load_base, with_lora, tmp_path):
+    """Sides and chat template of the tokenizer are put back; another vocabulary is refused."""
+    tokenizer = make_tokenizer(size=300, padding_side="left")
+    with_lora(load_base()).save_pretrained(tmp_path, tokenizer=tokenizer)
+    again = make_tokenizer(size=300, padding_side="right")
+    peftstate.PeftModel.from_pretrained(load_base(), tmp_path, tokenizer=again)
+    assert again.padding_side == "left"
+    with pytest.raises(errors.TokenizerMismatchError):
+        peftstate.PeftModel.from_pretrained(
+            load_base(), tmp_path, tokenizer=make_tokenizer(size=280)
+        )
+
+
+def test_e2_another_batch_or_padding(load_base, with_lora, tmp_path):
+    """The probe keeps its own inputs, so what is compared has the same shape and padding."""
+    model = with_lora(load_base("bf16"))
+    inputs = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]])}
+    inputs["attention_mask"] = (inputs["input_ids"] != 0).long()
+    model.save_pretrained(tmp_path, prediction_probe=inputs)
+    assert peftstate.verify(model, tmp_path).ok
+    record = peftstate.read_manifest(tmp_path).sections["predictions"]
+    assert record.inputs["attention_mask"].shape == (2, 3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 1
+    report = peftstate.verify(model, tmp_path).of("predictions")
+    assert "max_difference" in [mismatch.field for mismatch in report.mismatches]
+
+
+@pytest.fixture
+def edited(load_base, with_lora, tmp_path):
+    """Saves an adapter and edits its record of the environment: `edited(**fields)`."""
+
+    def edit(**fields):
+        with_lora(load_base()).save_pretrained(tmp_path)
+        manifest = peftstate.read_manifest(tmp_path)
+        record = attrs.evolve(manifest.sections["environment"], **fields)
+        sections = {**manifest.sections, "environment": record}
+        data = attrs.evolve(manifest, sections=sections).to_json()
+        (tmp_path / "peftstate.json").write_bytes(data)
+        return tmp_path
+
+    return edit
+
+
+def test_f1_other_versions(edited, load_base):
+    """Another version of a library is a warning, and an error for who asks for it."""
+    folder = edited(python="3.9.0")
+    with pytest.warns(errors.StateMismatchWarning, match=r"environment\.python: saved '3\.9\.0'"):
+        peftstate.PeftModel.from_pretrained(load_base(), folder)
+    with pytest.raises(errors.EnvironmentMismatchError):
+        peftstate.PeftModel.from_pretrained(
+            load_base(), folder, on_mismatch={"environment": "error"}
+        )
+
+
+def test_f2_another_device(edited, load_base):
+    """Another kind of device is a warning."""
+    folder = edited(devices=("cuda",), accelerators=("0: NVIDIA H100",))
+    with pytest.warns(errors.StateMismatchWarning, match=r"environment\.accelerators"):
+        peftstate.PeftModel.from_pretrained(load_base(), folder)
+
+
+def test_f3_determinism_and_matmul_precision(load_base, with_lora, tmp_path):
+    """Flags of the process that changed are a warning; they are not set."""
+    with_lora(load_base()).save_pretrained(tmp_path)
+    torch.use_deterministic_algorithms(mode=True)
+    with pytest.warns(errors.StateMismatchWarning, match=r"runtime\..*deterministic"):
+        peftstate.PeftModel.from_pretrained(load_base(), tmp_path)
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_f4_tensors_that_are_not_here(load_base, with_lora, tmp_path):
+    """Weights of the base that cannot be read here are not compared, and a warning says so."""
+    model = with_lora(load_base())
+    model.save_pretrained(tmp_path)
+    head = model.get_base_model().lm_head
+    head.weight = torch.nn.Parameter(head.weight.to("meta"), requires_grad=False)
+    with pytest.warns(errors.StateMismatchWarning, match="1 of 29 tensors .* cannot be read"):
+        report = peftstate.verify(model, tmp_path)
+    assert report.of("base_model").ok
+    head.weight = torch.nn.Parameter(torch.empty(3, 64, device="meta"), requires_grad=False)
+    with pytest.warns(errors.StateMismatchWarning):
+        report = peftstate.verify(model, tmp_path)
+    assert [mismatch.field for mismatch in report.of("base_model").mismatches] == [
+        "tensors[lm_head.weight].shape"
+    ]
+
+
+def test_f5_code_of_the_model_itself(load_base, with_lora, tmp_path):
+    """A model of another class, which other code computes, is refused."""
+    with_lora(load_base()).save_pretrained(tmp_path)
+
+    class LlamaForMine(transformers.LlamaForCausalLM):
+        """As remote code would bring it."""
+
+    base = load_base()
+    base.__class__ = LlamaForMine
+    with pytest.raises(
+        errors.BaseModelMismatchError, match="model_class: saved 'LlamaForCausalLM'"
+    ):
+        peftstate.PeftModel.from_pretrained(base, tmp_path)

@@ -46,9 +46,7 @@ def test_tensor_digest_tells(dtype: str, shape: tuple[int, ...], data: bytes) ->
 @pytest.mark.parametrize("buffer", [bytes, bytearray, memoryview])
 def test_buffers(buffer: type) -> None:
     """Whatever holds the bytes, the digest is the same."""
-    assert tensor_digest("float32", (2, 3), buffer(DATA)) == tensor_digest(
-        "float32", [2, 3], DATA
-    )
+    assert tensor_digest("float32", (2, 3), buffer(DATA)) == tensor_digest("float32", [2, 3], DATA)
     assert file_digest(buffer(DATA)) == file_digest(DATA)
 
 

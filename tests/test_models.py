@@ -66,7 +66,7 @@ def test_get_peft_model_gives_our_class_which_pickles_and_copies(model, logits):
     assert type(model) is peftstate.PeftModelForCausalLM
     assert isinstance(model, peft.PeftModelForCausalLM)
     expected = logits(model.eval())
-    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):  # noqa: S301
         assert type(twin) is type(model)
         assert torch.equal(logits(twin), expected)
 
@@ -106,7 +106,7 @@ def test_reload_is_the_saved_model_in_the_saved_state(model, saved, load_base, l
 
 
 def test_load_for_inference_touches_nothing_of_the_process(model, saved, load_base, logits):
-    """With `is_trainable=False` the model is frozen, in eval mode, and the generators stand still."""
+    """With `is_trainable=False` the model is frozen, in eval mode, and no generator moves."""
     torch.manual_seed(77)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     loaded = peftstate.PeftModel.from_pretrained(load_base("bf16"), saved, is_trainable=False)

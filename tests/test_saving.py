@@ -35,9 +35,7 @@ def test_a_state_that_cannot_be_captured_is_rescued(load_base, with_lora, monkey
     assert peft.PeftModel.from_pretrained(load_base(), rescued)
 
 
-def test_a_second_rescue_does_not_overwrite_the_first(
-    load_base, with_lora, monkeypatch, tmp_path
-):
+def test_a_second_rescue_does_not_overwrite_the_first(load_base, with_lora, monkeypatch, tmp_path):
     """Every rescue gets a folder of its own."""
     model = with_lora(load_base())
 
@@ -68,6 +66,26 @@ def test_a_full_disk_is_a_save_error(load_base, with_lora, monkeypatch, tmp_path
     assert peftstate.verify(model, tmp_path).ok
 
 
+def test_a_save_that_cannot_be_tidied_up_is_still_a_save(
+    load_base, with_lora, monkeypatch, tmp_path
+):
+    """If files cannot be moved after the commit, a warning says so and the new state loads."""
+    model = with_lora(load_base())
+    model.save_pretrained(tmp_path)
+    model.generation_config.max_new_tokens = 11
+
+    def fail(source, target):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("peftstate._storage._move", fail)
+    with pytest.warns(errors.UnfinishedSaveWarning, match="the next save moves them"):
+        model.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert peftstate.verify(model, tmp_path).ok
+    loaded = peftstate.PeftModel.from_pretrained(load_base(), tmp_path)
+    assert loaded.generation_config.max_new_tokens == 11
+
+
 def test_names_of_a_compiled_model_are_refused(load_base, with_lora, tmp_path):
     """Keys that PEFT would never find again raise, with the remedy."""
     model = with_lora(load_base())
@@ -75,7 +93,7 @@ def test_names_of_a_compiled_model_are_refused(load_base, with_lora, tmp_path):
         name.replace("base_model.model.model", "base_model.model._orig_mod.model"): tensor
         for name, tensor in model.state_dict().items()
     }
-    with pytest.raises(errors.SaveError, match="without what torch.compile or FSDP put before"):
+    with pytest.raises(errors.SaveError, match=r"without what torch\.compile or FSDP"):
         model.save_pretrained(tmp_path, state_dict=state)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import importlib.resources
 import json
+import re
+import runpy
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,19 +19,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftstate._codec import NOT_JSON, DecodeError, dumps, loads
+from peftstate._digest import tensor_digest
 from peftstate._schema import FILE, manifest_schema
-from peftstate.manifest import SCHEMA_VERSION
+from peftstate.manifest import SCHEMA_VERSION, Manifest
 from peftstate.sections import SECTIONS
-from tests._records import records
+from tests._records import example, records
 
 SCHEMA = json.loads((importlib.resources.files("peftstate") / "manifest.schema.json").read_bytes())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+DOCS = Path(__file__).parents[1] / "docs"
 GOLDEN = Path(__file__).parent / "golden" / f"schema-{SCHEMA_VERSION}"
 MANIFESTS = sorted(GOLDEN.glob("**/peftstate.json"))
 
 
 def test_up_to_date() -> None:
-    """The file in the package is what the records give; ``python -m peftstate._schema`` writes it."""
+    """The file is what the records give; if not, run ``python -m peftstate._schema``."""
     assert FILE.read_bytes() == dumps(manifest_schema())
 
 
@@ -80,11 +85,21 @@ def test_fresh(tmp_path: Path, load_base: Any, with_lora: Any) -> None:
         VALIDATOR.validate(json.loads((tmp_path / kind / "peftstate.json").read_bytes()))
 
 
-@pytest.mark.parametrize("key", ["schema_version", "peftstate_version", "sections", "files", "digest"])
+@pytest.mark.parametrize(
+    "key", ["schema_version", "peftstate_version", "sections", "files", "digest"]
+)
 @pytest.mark.parametrize("value", [None, True, 0, 2, 1.5, "1", []])
 def test_envelope(key: str, value: Any) -> None:
     """What stands around the sections has its types, too, and must be there."""
-    manifest = json.loads(MANIFESTS[0].read_bytes())
+    assert SCHEMA["required"] == [
+        "schema_version",
+        "peftstate_version",
+        "sections",
+        "files",
+        "digest",
+    ]
+    sections = {section.name: example(section.record) for section in SECTIONS}
+    manifest = json.loads(Manifest(sections=sections, files={}).to_json())
     manifest[key] = value
     assert VALIDATOR.is_valid(manifest) == ((key, value) == ("peftstate_version", "1"))
     del manifest[key]
@@ -101,6 +116,10 @@ def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     for key, item in children:
         yield (*path, key)
         yield from _paths(item, (*path, key))
+
+
+OTHERS: list[Any] = [None, True, "text", [], {}, [None], {"a": {}}]
+"""Values of each type but numbers."""
 
 
 def _takes(section: Any, value: Any) -> bool:
@@ -135,8 +154,26 @@ def test_same_as_codec(section: Any, data: st.DataObject) -> None:
     elif action == "add" and isinstance(parent, dict):
         parent["another key"] = None
     else:
-        parent[path[-1]] = data.draw(st.sampled_from([None, True, "text", [], {}, [None], {"a": {}}]))
+        parent[path[-1]] = data.draw(
+            st.sampled_from([None, True, "text", [], {}, [None], {"a": {}}])
+        )
     assert validator.is_valid(changed) == _takes(section, changed)
+
+
+def test_page() -> None:
+    """The tables of the format's page are what the records give, as its vector is what is computed.
+
+    If not, run ``python docs/fields.py``.
+    """
+    page = (DOCS / "manifest.md").read_text("utf-8")
+    assert runpy.run_path(str(DOCS / "fields.py"))["with_fields"](page) == page
+    vector = tensor_digest("float32", (2, 3), struct.pack("<6f", *range(6)))
+    assert f"`[[0, 1, 2], [3, 4, 5]]` has the digest `{vector}`" in page
+    for name in SCHEMA["$defs"].keys() - {section.record.__name__ for section in SECTIONS}:
+        assert f"\n### {name}\n" in page
+    for target in re.findall(r"\]\(#([^)]*)\)", page):
+        headings = re.findall(r"^#+ `?(.*?)`?$", page, re.MULTILINE)
+        assert target in {heading.lower().replace(" ", "-") for heading in headings}
 
 
 def test_every_record_class() -> None:

@@ -25,9 +25,7 @@ from peftstate.sections.predictions import inputs_of
 from peftstate.sections.tokenizer import put_back_on_failure
 
 
-def capture(
-    model: nn.Module, *, fingerprint: str = "full", tokenizer: Any = None
-) -> Manifest:
+def capture(model: nn.Module, *, fingerprint: str = "full", tokenizer: Any = None) -> Manifest:
     """Describe the state of a PEFT model, as a save would, without writing anything.
 
     Args:

@@ -14,8 +14,8 @@ from peftstate._steps import Plan
 from peftstate._storage import MANIFEST_NAME
 from peftstate._warn import warn
 from peftstate.errors import ManifestNotFoundError, MissingManifestWarning
+from peftstate.sections._probe import probe_inputs
 from peftstate.sections._view import FINGERPRINTS, ModelView
-from peftstate.sections.predictions import probe_inputs
 
 if TYPE_CHECKING:
     import peft
@@ -94,8 +94,8 @@ def live_names(source: Source, adapter_name: str) -> dict[str, str]:
     names[source.own_adapter] = adapter_name
     if len(set(names.values())) < len(names):
         raise ValueError(
-            f"adapter_name={adapter_name!r} is also the name of another adapter in {source.folder.path}; "
-            "choose another one, or limit adapters=."
+            f"adapter_name={adapter_name!r} is also the name of another adapter in "
+            f"{source.folder.path}; choose another one, or limit adapters=."
         )
     return names
 

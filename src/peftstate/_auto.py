@@ -23,9 +23,7 @@ from peftstate.sections._tensors import dtype_named
 from peftstate.sections.implementation import ATTENTION, EXPERTS, ImplementationRecord
 
 
-def base_model_kwargs(
-    source: Manifest | str | os.PathLike[str], **hub: Any
-) -> dict[str, Any]:
+def base_model_kwargs(source: Manifest | str | os.PathLike[str], **hub: Any) -> dict[str, Any]:
     """What to hand to ``AutoModelFor….from_pretrained`` to rebuild the base model of an adapter.
 
     Args:
@@ -112,6 +110,7 @@ class _Auto:
         is_trainable: bool | None = None,
         config: PeftConfig | None = None,
         revision: str | None = None,
+        import_allowlist: list[str] | None = None,
         *,
         on_mismatch: OnMismatch | None = None,
         require_manifest: bool = False,
@@ -127,6 +126,7 @@ class _Auto:
             is_trainable: As in `PeftModel.from_pretrained`.
             config: As in PEFT.
             revision: The revision of the adapter, as in PEFT.
+            import_allowlist: As in PEFT, which has it in newer versions.
             on_mismatch: As in `PeftModel.from_pretrained`.
             require_manifest: As in `PeftModel.from_pretrained`.
             adapters: As in `PeftModel.from_pretrained`.
@@ -149,6 +149,8 @@ class _Auto:
                 "adapters": adapters,
                 "tokenizer": tokenizer,
             }
+            if import_allowlist is not None:
+                kwargs["import_allowlist"] = import_allowlist
             target = cls._target_class
             loader = type(
                 cls.__name__,
@@ -181,43 +183,43 @@ def _recorded(path: str, revision: str | None, kwargs: dict[str, Any]) -> dict[s
     return base_model_kwargs(manifest)
 
 
-class AutoPeftModel(_Auto, peft.AutoPeftModel):  # type: ignore[misc]
+class AutoPeftModel(_Auto, peft.AutoPeftModel):
     """`peft.AutoPeftModel`, which rebuilds the base model from the manifest."""
 
     _target_peft_class = _models.PeftModel
 
 
-class AutoPeftModelForCausalLM(_Auto, peft.AutoPeftModelForCausalLM):  # type: ignore[misc]
+class AutoPeftModelForCausalLM(_Auto, peft.AutoPeftModelForCausalLM):
     """`peft.AutoPeftModelForCausalLM`, which rebuilds the base model from the manifest."""
 
     _target_peft_class = _models.PeftModelForCausalLM
 
 
-class AutoPeftModelForFeatureExtraction(_Auto, peft.AutoPeftModelForFeatureExtraction):  # type: ignore[misc]
+class AutoPeftModelForFeatureExtraction(_Auto, peft.AutoPeftModelForFeatureExtraction):
     """`peft.AutoPeftModelForFeatureExtraction`, which rebuilds the base from the manifest."""
 
     _target_peft_class = _models.PeftModelForFeatureExtraction
 
 
-class AutoPeftModelForQuestionAnswering(_Auto, peft.AutoPeftModelForQuestionAnswering):  # type: ignore[misc]
+class AutoPeftModelForQuestionAnswering(_Auto, peft.AutoPeftModelForQuestionAnswering):
     """`peft.AutoPeftModelForQuestionAnswering`, which rebuilds the base from the manifest."""
 
     _target_peft_class = _models.PeftModelForQuestionAnswering
 
 
-class AutoPeftModelForSeq2SeqLM(_Auto, peft.AutoPeftModelForSeq2SeqLM):  # type: ignore[misc]
+class AutoPeftModelForSeq2SeqLM(_Auto, peft.AutoPeftModelForSeq2SeqLM):
     """`peft.AutoPeftModelForSeq2SeqLM`, which rebuilds the base model from the manifest."""
 
     _target_peft_class = _models.PeftModelForSeq2SeqLM
 
 
-class AutoPeftModelForSequenceClassification(_Auto, peft.AutoPeftModelForSequenceClassification):  # type: ignore[misc]
+class AutoPeftModelForSequenceClassification(_Auto, peft.AutoPeftModelForSequenceClassification):
     """`peft.AutoPeftModelForSequenceClassification`, which rebuilds the base from the manifest."""
 
     _target_peft_class = _models.PeftModelForSequenceClassification
 
 
-class AutoPeftModelForTokenClassification(_Auto, peft.AutoPeftModelForTokenClassification):  # type: ignore[misc]
+class AutoPeftModelForTokenClassification(_Auto, peft.AutoPeftModelForTokenClassification):
     """`peft.AutoPeftModelForTokenClassification`, which rebuilds the base from the manifest."""
 
     _target_peft_class = _models.PeftModelForTokenClassification

@@ -53,7 +53,6 @@ def _shown(value: Json | Presence) -> str:
     return _repr.repr(value)
 
 
-
 @attrs.frozen
 class Mismatch:
     """One field that differs.

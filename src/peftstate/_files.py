@@ -8,13 +8,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from peftstate import _diff
+from peftstate._codec import encode
 from peftstate._diff import ABSENT
 from peftstate._digest import file_digest
 from peftstate._folder import AdapterFolder, open_folder
 from peftstate._report import Report
 from peftstate._storage import MANIFEST_NAME
 from peftstate.errors import PeftStateError
-from peftstate.manifest import MAX_BYTES, Manifest, encode_sections
+from peftstate.manifest import MAX_BYTES, FileRecord, Manifest, encode_sections
 from peftstate.sections import SECTIONS
 
 T = TypeVar("T")
@@ -95,18 +96,13 @@ def verify_files(source: str | os.PathLike[str], **hub: Any) -> Report:
 def _compare_files(folder: AdapterFolder) -> Report:
     """Compare the files of a folder once."""
     manifest = manifest_of(folder)
-    saved = {name: _diff_value(record.size, record.sha256) for name, record in manifest.files.items()}
+    saved = {name: encode(record) for name, record in manifest.files.items()}
     found = {}
     for name in manifest.files:
         if folder.exists(name):
             data = folder.read_bytes(name)
-            found[name] = _diff_value(len(data), file_digest(data))
+            found[name] = encode(FileRecord(size=len(data), sha256=file_digest(data)))
     return Report(_diff.diff(FILES, saved, found), (FILES,))
-
-
-def _diff_value(size: int, sha256: str) -> dict[str, Any]:
-    """What is compared of a file."""
-    return {"size": size, "sha256": sha256}
 
 
 def diff(saved: Manifest, found: Manifest) -> Report:

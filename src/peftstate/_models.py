@@ -15,8 +15,7 @@ from typing import Any
 
 import peft
 import torch
-from peft import PeftConfig
-from peft import PeftMixedModel as PeftMixedModel  # as it is: PEFT cannot save it
+from peft import PeftConfig, PeftMixedModel
 
 from peftstate._arguments import (
     HUB_ARGUMENTS,
@@ -38,6 +37,19 @@ from peftstate._warn import warn
 from peftstate.errors import TrainModeWarning
 from peftstate.sections import _origin
 from peftstate.sections._view import ModelView, keep_tokenizer
+
+__all__ = [
+    "PeftMixedModel",  # PEFT's own, which it can load but not save
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "attach",
+    "get_peft_model",
+]
 
 
 class PeftModel(peft.PeftModel):
@@ -209,6 +221,8 @@ class PeftModel(peft.PeftModel):
                 load=lambda live, path, name: peft.PeftModel.load_adapter(live, str(path), name),
                 tokenizer=tokenizer,
             )
+        if is_trainable is False:  # which PEFT forgets of prompts
+            loaded.requires_grad_(requires_grad=False)
         keep_process(loaded, source.manifest)
         if is_trainable is None and any(module.training for module in loaded.modules()):
             warn(
@@ -346,18 +360,19 @@ def attach(model: peft.PeftModel, *, tokenizer: Any = None) -> PeftModel:
     return model
 
 
-def _attach(
-    model: peft.PeftModel, origin: _origin.Origin, tokenizer: Any = None
-) -> PeftModel:
+def _attach(model: peft.PeftModel, origin: _origin.Origin, tokenizer: Any = None) -> PeftModel:
     """Give a model its class, and what was seen of its base before it was trained."""
     if type(model) not in _CLASSES:
         known = ", ".join(cls.__name__ for cls in _CLASSES)
-        raise TypeError(f"cannot attach to a {type(model).__name__}; it must be one of PEFT's {known}")
-    model.__class__ = _CLASSES[type(model)]
-    _origin.keep(model, origin)
-    keep_tokenizer(model, tokenizer)
-    assert isinstance(model, PeftModel)
-    return model
+        raise TypeError(
+            f"cannot attach to a {type(model).__name__}; it must be one of PEFT's {known}"
+        )
+    attached: Any = model
+    attached.__class__ = _CLASSES[type(model)]
+    _origin.keep(attached, origin)
+    keep_tokenizer(attached, tokenizer)
+    ours: PeftModel = attached
+    return ours
 
 
 @contextmanager
@@ -372,7 +387,9 @@ def _as_pefts_own(model: PeftModel) -> Iterator[None]:
         model.__class__ = ours
 
 
-def get_peft_model(model: torch.nn.Module, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> Any:
+def get_peft_model(
+    model: torch.nn.Module, peft_config: PeftConfig, *args: Any, **kwargs: Any
+) -> Any:
     """`peft.get_peft_model`, and `attach`.
 
     Args:

@@ -58,5 +58,5 @@ class Report:
         lines = []
         for section in self.sections:
             lines.append(f"{section:<{width}}  {'differs' if section in differing else 'ok'}")
-            lines += [f"  {mismatch}" for mismatch in self.mismatches if mismatch.section == section]
+            lines += [f"  {mismatch}" for mismatch in self.of(section).mismatches]
         return "\n".join(lines)

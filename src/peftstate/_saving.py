@@ -17,12 +17,14 @@ from peftstate._storage import (
     MANIFEST_NAME,
     SIDECAR_NAME,
     WEIGHTS_NAMES,
+    UnfinishedSaveError,
     mark_removed,
     staged,
     write_file,
 )
+from peftstate._warn import warn
 from peftstate._weights import parse_weights
-from peftstate.errors import PeftStateError, SaveError
+from peftstate.errors import PeftStateError, SaveError, UnfinishedSaveWarning
 from peftstate.manifest import FileRecord, Manifest
 from peftstate.sections import SECTIONS, _origin, adapters, records_for_adapters
 from peftstate.sections._adapter_tensors import adapter_tensors, at_rest, live_tensors
@@ -44,9 +46,7 @@ TOKENIZER_NAME = "tokenizer_config.json"
 def capture_sections(view: ModelView) -> dict[str, Any]:
     """The record of every section; the random generators first, before anything could draw."""
     ordered = sorted(SECTIONS, key=lambda section: section.name != "rng")
-    return {
-        section.name: section.capture(view) for section in ordered if section.applies_to(view)
-    }
+    return {section.name: section.capture(view) for section in ordered if section.applies_to(view)}
 
 
 def save(
@@ -92,15 +92,18 @@ def _save(
         records["base_model"] = records["base_model"].with_original(original)
         records["extra_tensors"] = records["extra_tensors"].without(original)
     manifests: dict[str, Manifest] = {}
-    with staged(directory) as staging:
-        readme = directory / README_NAME
-        if readme.is_file():  # PEFT adds to the one that is there
-            shutil.copyfile(readme, staging / README_NAME)
-        _write_adapters(view, staging, write)
-        _remove_stale(view, staging)
-        for view_of_folder, folder in _folders(view):
-            described = _for_folder(records, view_of_folder)
-            manifests[folder] = _write_state(described, view_of_folder, staging / folder)
+    try:
+        with staged(directory) as staging:
+            readme = directory / README_NAME
+            if readme.is_file():  # PEFT adds to the one that is there
+                shutil.copyfile(readme, staging / README_NAME)
+            _write_adapters(view, staging, write)
+            _remove_stale(view, staging)
+            for view_of_folder, folder in _folders(view):
+                described = _for_folder(records, view_of_folder)
+                manifests[folder] = _write_state(described, view_of_folder, staging / folder)
+    except UnfinishedSaveError as error:
+        warn(str(error), UnfinishedSaveWarning)
     return next(iter(manifests.values()))
 
 
@@ -194,17 +197,19 @@ def _refuse_unloadable(tensors: Mapping[str, torch.Tensor], live: Collection[str
     """
     for name in sorted(set(live) - tensors.keys()):
         raise ValueError(
-            f"the adapter's tensor {name!r} is not in the state_dict= that was passed; its names must "
-            "be those of the model itself, without what torch.compile or FSDP put before them"
+            f"the adapter's tensor {name!r} is not in the state_dict= that was passed; its names "
+            "must be those of the model itself, without what torch.compile or FSDP put before them"
         )
     for name, tensor in tensors.items():
         for mark, remedy in _WRAPPED.items():
             if mark in name:
-                raise ValueError(f"the adapter's tensor {name!r} bears the name of a wrapper; {remedy}")
-        if tensor.numel() == 0:
+                raise ValueError(
+                    f"the adapter's tensor {name!r} bears the name of a wrapper; {remedy}"
+                )
+        if tensor.shape == (0,):  # AdaLoRA has empty matrices where it cut all ranks
             raise ValueError(
-                f"the adapter's tensor {name!r} is empty: DeepSpeed ZeRO-3 keeps it in pieces; save "
-                "within deepspeed.zero.GatheredParameters, or pass the gathered state_dict="
+                f"the adapter's tensor {name!r} is empty: DeepSpeed ZeRO-3 keeps it in pieces; "
+                "save within deepspeed.zero.GatheredParameters, or pass the gathered state_dict="
             )
 
 
@@ -221,9 +226,7 @@ def _saved_embeddings(written: Mapping[str, adapters.AdapterRecord], view: Model
     """The names of the base model's tensors that PEFT wrote into an adapter's file."""
     saved_too = {id(tensor) for tensor in _embeddings(written, view)}
     return {
-        site.name
-        for site in view.tensors()
-        if site.part == "base" and id(site.tensor) in saved_too
+        site.name for site in view.tensors() if site.part == "base" and id(site.tensor) in saved_too
     }
 
 

@@ -41,7 +41,7 @@ def manifest_schema() -> _Schema:
     sections = {section.name: _of(section.record, definitions) for section in SECTIONS}
     optional = frozenset(section.name for section in SECTIONS if section.is_optional)
     files = {"type": "object", "additionalProperties": _of(FileRecord, definitions)}
-    properties = {
+    properties: dict[str, _Schema] = {
         "schema_version": {"const": SCHEMA_VERSION},
         "peftstate_version": {"type": "string"},
         "sections": _object(sections, optional),
@@ -113,7 +113,11 @@ def _filled(annotation: Any, parameters: Mapping[TypeVar, Any]) -> Any:
     if isinstance(annotation, TypeVar):
         return parameters[annotation]
     variables = getattr(annotation, "__parameters__", ())
-    return annotation[tuple(parameters[variable] for variable in variables)] if variables else annotation
+    return (
+        annotation[tuple(parameters[variable] for variable in variables)]
+        if variables
+        else annotation
+    )
 
 
 def _described(cls: type) -> tuple[str, dict[str, str]]:

@@ -73,7 +73,8 @@ class Source:
     def own_adapter(self) -> str:
         """The name of the adapter that is in the manifest's own folder."""
         records = self.manifest.sections["adapters"].adapters
-        return next(name for name, record in records.items() if record.folder == ".")
+        name: str = next(name for name, record in records.items() if record.folder == ".")
+        return name
 
 
 def read_source(folder: AdapterFolder, names: Collection[str] | None = None) -> Source:
@@ -106,9 +107,7 @@ def _read(folder: AdapterFolder, names: Collection[str] | None) -> Source:
         if names is None or name in names or record.folder == "."
     }
     sections = _with_sidecar(folder, manifest)
-    return Source(
-        folder=folder, manifest=attrs.evolve(manifest, sections=sections), adapters=found
-    )
+    return Source(folder=folder, manifest=attrs.evolve(manifest, sections=sections), adapters=found)
 
 
 def _check_folders(manifest: Manifest, path: str) -> None:

@@ -1,25 +1,26 @@
 """The errors and warnings of peftstate.
 
-    PeftStateError
-    ├─ ManifestError                    .path
-    │  ├─ ManifestNotFoundError         also FileNotFoundError
-    │  ├─ ManifestDecodeError           also ValueError; .field
-    │  └─ SchemaVersionError            .found .supported
-    ├─ IntegrityError                   .file .expected .actual
-    ├─ SaveError                        .rescued
-    ├─ RestoreError                     .section
-    └─ StateMismatchError               .mismatches .report
-       ├─ BaseModelMismatchError        ├─ QuantizationMismatchError
-       ├─ DtypeMismatchError            ├─ AdapterMismatchError
-       ├─ ImplementationMismatchError   ├─ TrainingStateMismatchError
-       ├─ GenerationConfigMismatchError ├─ TokenizerMismatchError
-       ├─ RuntimeMismatchError          ├─ EnvironmentMismatchError
-       ├─ RngMismatchError              └─ PredictionMismatchError
+PeftStateError
+├─ ManifestError                    .path
+│  ├─ ManifestNotFoundError         also FileNotFoundError
+│  ├─ ManifestDecodeError           also ValueError; .field
+│  └─ SchemaVersionError            .found .supported
+├─ IntegrityError                   .file .expected .actual
+├─ SaveError                        .rescued
+├─ RestoreError                     .section
+└─ StateMismatchError               .mismatches .report
+   ├─ BaseModelMismatchError        ├─ QuantizationMismatchError
+   ├─ DtypeMismatchError            ├─ AdapterMismatchError
+   ├─ ImplementationMismatchError   ├─ TrainingStateMismatchError
+   ├─ GenerationConfigMismatchError ├─ TokenizerMismatchError
+   ├─ RuntimeMismatchError          ├─ EnvironmentMismatchError
+   ├─ RngMismatchError              └─ PredictionMismatchError
 
-    PeftStateWarning
-    ├─ MissingManifestWarning
-    ├─ StateMismatchWarning
-    └─ TrainModeWarning
+PeftStateWarning
+├─ MissingManifestWarning
+├─ StateMismatchWarning
+├─ TrainModeWarning
+└─ UnfinishedSaveWarning
 """
 
 from __future__ import annotations
@@ -283,3 +284,7 @@ class StateMismatchWarning(PeftStateWarning):
 
 class TrainModeWarning(PeftStateWarning):
     """The model came back in train mode, as it was saved, so dropout is on."""
+
+
+class UnfinishedSaveWarning(PeftStateWarning):
+    """A save is complete, but its files could not all be moved to where other programs look."""

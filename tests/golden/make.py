@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 import transformers
 from peft import LoraConfig, prepare_model_for_kbit_training
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import peftstate
 from peftstate.manifest import SCHEMA_VERSION
@@ -97,6 +98,19 @@ def _config(**fields: Any) -> LoraConfig:
     return LoraConfig(**{**known, **fields})
 
 
+def _all_options() -> dict[str, Any]:
+    """A tokenizer of one word an id, and a probe."""
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    words = [*special.values(), *(f"word{number}" for number in range(3, 64))]
+    model = models.WordLevel({word: id_ for id_, word in enumerate(words)}, unk_token=words[0])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.padding_side = "left"
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return {"tokenizer": fast, "prediction_probe": IDS}
+
+
 def _causal_lm(base: Any) -> Any:
     """An adapter saved for inference, with what PEFT does not save: a trained norm, an edit."""
     model = _lora(base)
@@ -132,27 +146,21 @@ class Case:
     Attributes:
         load: Loads the base model from its folder, as somebody does who loads the adapter.
         wrap: Makes the model that is saved of it.
+        options: Makes the arguments of ours that it is saved with.
     """
 
     load: Callable[[Path], Any]
     wrap: Callable[[Any], Any]
+    options: Callable[[], dict[str, Any]] = dict
 
 
 CASES = {
-    "causal-lm": Case(_in_fp32, _causal_lm),
+    "causal-lm": Case(_in_fp32, _causal_lm, _all_options),
     "nf4-kbit": Case(_in_nf4, _nf4_kbit),
     "two-adapters": Case(_in_fp32, _two_adapters),
     "classifier": Case(_with_head, _classifier),
 }
 """The cases by the names of their folders."""
-
-
-def processor() -> str:
-    """What the last bits depend on beside versions: the processor, and what torch uses of it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    models = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
-    return ", ".join([*sorted(models), torch.backends.cpu.get_cpu_capability()])
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -171,10 +179,8 @@ def make(case: str) -> None:
     """Save a case in the working directory, and beside it what the model says to `IDS`."""
     transformers.set_seed(1)
     model = CASES[case].wrap(CASES[case].load(Path(BASE)))
-    model.save_pretrained(case)
-    safetensors.torch.save_file(
-        {"logits": logits(model)}, f"{case}.safetensors", {"processor": processor()}
-    )
+    model.save_pretrained(case, **CASES[case].options())
+    safetensors.torch.save_file({"logits": logits(model)}, f"{case}.safetensors")
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from peft import LoraConfig
 
 import peftstate
 from peftstate import PeftStateCallback
+from tests._tokenizers import TEMPLATE, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::peftstate.errors.TrainModeWarning")
 
@@ -61,9 +62,7 @@ def test_the_best_model_is_loaded_through_us(load_base, tmp_path):
     model = peft.get_peft_model(load_base("bf16"), LoraConfig(task_type="CAUSAL_LM"))
     trainer = transformers.Trainer(
         model=model,
-        args=arguments(
-            tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1
-        ),
+        args=arguments(tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1),
         train_dataset=DATA,
         eval_dataset=DATA,
         callbacks=[PeftStateCallback()],
@@ -102,3 +101,24 @@ def test_a_model_that_is_no_peft_model_is_told(load_base, tmp_path, caplog):
             callbacks=[PeftStateCallback()],
         )
     assert "the model is a LlamaForCausalLM, not a PEFT model" in caplog.text
+
+
+def test_saves_of_a_trainer_record_its_tokenizer(load_base, tmp_path):
+    """The trainer writes the tokenizer's files, and the manifest has what it should be."""
+    model = peft.get_peft_model(load_base(), LoraConfig(task_type="CAUSAL_LM"))
+    tokenizer = make_tokenizer(chat_template=TEMPLATE, padding_side="left")
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments(tmp_path / "run"),
+        train_dataset=DATA,
+        processing_class=tokenizer,
+        callbacks=[PeftStateCallback()],
+    )
+    tokenizer.padding_side = "right"  # as trainers do after they are built
+    trainer.save_model(tmp_path / "final")
+    written = transformers.AutoTokenizer.from_pretrained(tmp_path / "final")
+    given = make_tokenizer(padding_side="left")
+    loaded = peftstate.PeftModel.from_pretrained(load_base(), tmp_path / "final", tokenizer=given)
+    assert given.padding_side == "right"
+    assert given.chat_template == TEMPLATE
+    assert peftstate.verify(loaded, tmp_path / "final", tokenizer=written).ok

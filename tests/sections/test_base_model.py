@@ -130,7 +130,8 @@ def test_running_statistics_are_part_of_it():
     record = capture(model)
     model(torch.randn(3, 2))
     assert differences(record, model) == [
-        f"tensors[1.{name}].digest" for name in ("num_batches_tracked", "running_mean", "running_var")
+        f"tensors[1.{name}].digest"
+        for name in ("num_batches_tracked", "running_mean", "running_var")
     ]
 
 
@@ -160,7 +161,7 @@ def test_tied_embeddings_are_told_from_equal_ones(load_base, tied_lm):
 
 
 def test_head_with_a_trained_copy_need_not_be_the_same(load_base, with_lora, classifier):
-    """transformers makes a fresh head of other random numbers each time; the adapter has its own."""
+    """transformers makes a fresh head of other random numbers each time."""
 
     def load() -> Any:
         base = load_base("fp32", classifier, "AutoModelForSequenceClassification")
@@ -353,7 +354,9 @@ def test_other_weights_are_refused_before_the_base_is_touched(adapter, load_base
     base = load_base("bf16")
     base.lm_head.weight.data[3, 5] += 1
     modules = [type(module) for module in base.modules()]
-    with pytest.raises(BaseModelMismatchError, match=r"tensors\[lm_head\.weight\]\.digest") as error:
+    with pytest.raises(
+        BaseModelMismatchError, match=r"tensors\[lm_head\.weight\]\.digest"
+    ) as error:
         PeftModel.from_pretrained(base, adapter)
     assert len(error.value.mismatches) == 1
     assert [type(module) for module in base.modules()] == modules

@@ -19,11 +19,17 @@ from torch import nn
 from peftstate._codec import DecodeError
 from peftstate._diff import steps
 from peftstate.sections import SECTIONS
-from peftstate.sections._base import Section
 from peftstate.sections._tensors import sidecar_tensors, with_tensors
 from peftstate.sections._view import ModelView
+from tests._tokenizers import TEMPLATE, make_tokenizer
 
 IDS = torch.arange(4, 16).reshape(2, 6)
+TOKENIZER = make_tokenizer(chat_template=TEMPLATE, padding_side="left")
+
+
+def _view(model: Any) -> ModelView:
+    """The view of a model with all that a save can be given, so that no section is left out."""
+    return attrs.evolve(ModelView.of(model), tokenizer=TOKENIZER, probe={"input_ids": IDS})
 
 
 # The models
@@ -43,7 +49,7 @@ class Case:
     load: Callable[[], Any]
     wrap: Callable[[Any], Any]
     before: Callable[[Any], Any] = lambda base: base
-    after: Callable[[Any], Any] = lambda model: None
+    after: Callable[[Any], Any] = lambda model: model
 
     def saved(self) -> Any:
         """The model in its state."""
@@ -73,7 +79,7 @@ def _train_step(model: Any) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter -= 0.1 * parameter.grad
+                parameter.sub_(0.1 * parameter.grad)
 
 
 def _as_trl_does(model: Any) -> None:
@@ -163,7 +169,7 @@ def saved(request, cases):
     """A model of each kind, and its records. Tests leave it as it is."""
     case = cases[request.param]
     model = case.saved()
-    records = {section.name: section.capture(ModelView.of(model)) for section in SECTIONS}
+    records = {section.name: section.capture(_view(model)) for section in SECTIONS}
     return Saved(case, model, records)
 
 
@@ -191,7 +197,7 @@ def test_record_survives_json(saved, section):
 
 def test_equal_models_have_equal_records(saved, section):
     """A second capture gives the same bytes of JSON."""
-    again = section.capture(ModelView.of(saved.model))
+    again = section.capture(_view(saved.model))
     if section.name != "rng":  # each test starts from its own random numbers
         assert json.dumps(section.encode(again)) == json.dumps(
             section.encode(saved.records[section.name])
@@ -224,7 +230,7 @@ def test_wrong_types_are_refused(saved, section):
 
 
 def test_unknown_and_missing_keys_are_refused(saved, section):
-    """Each object of a record has the fields of its class; only one with a default may be missing."""
+    """An object has the fields of its class, of which one with a default may be missing."""
     encoded = section.encode(saved.records[section.name])
     for path, found, required in _records(encoded, section.record):
         where = [str(key) for key in path]
@@ -257,7 +263,7 @@ class _Leaf:
             return value + "x"
         if isinstance(value, list) and value:
             return value[1:]
-        return _example(self.kind, value)
+        return _example(self.kind)
 
     def wrong(self) -> list[Any]:
         """Values of other types."""
@@ -290,7 +296,7 @@ def _is_of(value: Any, kind: Any) -> bool:
     return type(value) is _json_type(kind)
 
 
-def _example(kind: Any, other_than: Any = None) -> Any:
+def _example(kind: Any) -> Any:
     """A value of a type, in JSON."""
     kind, _ = _without_none(kind)
     plain = get_origin(kind) or kind
@@ -375,13 +381,15 @@ def restored(saved):
     model = saved.case.wrap(base)
     _set_adapters(model, saved.model)
     before = _generators()
-    for section in SECTIONS:
-        if section.restore is not None:
-            section.restore(saved.records[section.name], ModelView.of(model))
+    steps = [(section, section.restore) for section in SECTIONS]
+    steps += [(section, section.finish) for section in SECTIONS]
+    for section, step in steps:
+        if step is not None:
+            step(saved.records[section.name], _view(model))
     found = {
         section.name: section.compare(
             saved.records[section.name],
-            section.capture_like(ModelView.of(model), saved.records[section.name]),
+            section.capture_like(_view(model), saved.records[section.name]),
         )
         for section in SECTIONS
     }
@@ -393,8 +401,8 @@ def restored(saved):
 
 def _set_adapters(model: Any, source: Any) -> None:
     """Set the adapters' tensors to those of another model, as a load does."""
-    tensors = {(site.adapter, site.name): site for site in ModelView.of(source).tensors()}
-    for site in ModelView.of(model).tensors():
+    tensors = {(site.adapter, site.name): site for site in _view(source).tensors()}
+    for site in _view(model).tensors():
         if site.part == "adapter":
             site.replace(tensors[site.adapter, site.name].tensor.detach().clone())
 
@@ -407,22 +415,22 @@ def test_restore_brings_everything_back(restored, section):
 def test_capture_draws_no_random_number(saved, section):
     """Random numbers go on after a capture, and a comparison, as they would have without it."""
     before = _generators()
-    section.capture(ModelView.of(saved.model))
-    section.capture_like(ModelView.of(saved.model), saved.records[section.name])
+    section.capture(_view(saved.model))
+    section.capture_like(_view(saved.model), saved.records[section.name])
     assert _same_generators(before, _generators())
 
 
 def test_capture_changes_nothing(saved, section):
     """Every attribute of every module, and every byte of every tensor, stays as it is."""
     before = _fingerprint(saved.model)
-    section.capture(ModelView.of(saved.model))
-    section.capture_like(ModelView.of(saved.model), saved.records[section.name])
+    section.capture(_view(saved.model))
+    section.capture_like(_view(saved.model), saved.records[section.name])
     assert _fingerprint(saved.model) == before
 
 
 def test_capture_never_asks_for_the_state_dict_of_the_base(saved, section, monkeypatch):
     """`state_dict()` of a 4-bit layer that ran on the CPU repacks its weight."""
-    view = ModelView.of(saved.model)
+    view = _view(saved.model)
     of_base = {id(module) for _, module in view.base_modules()}
     state_dict = nn.Module.state_dict
 
@@ -432,7 +440,7 @@ def test_capture_never_asks_for_the_state_dict_of_the_base(saved, section, monke
 
     monkeypatch.setattr(nn.Module, "state_dict", guarded)
     section.capture(view)
-    section.capture_like(ModelView.of(saved.model), saved.records[section.name])
+    section.capture_like(_view(saved.model), saved.records[section.name])
     with pytest.raises(AssertionError, match="was called"):
         saved.model.state_dict()
 
@@ -443,10 +451,10 @@ def test_running_a_model_leaves_the_digests_of_its_base(kind, mode, load_base, w
     """Whether and how a model ran is not seen in what `base_model` records."""
     (section,) = (section for section in SECTIONS if section.name == "base_model")
     model = with_lora(load_base(kind)).train(mode == "train")
-    record = section.capture(ModelView.of(model))
+    record = section.capture(_view(model))
     for _ in range(2):
         _run(model)
-        found = section.capture_like(ModelView.of(model), record)
+        found = section.capture_like(_view(model), record)
         assert section.compare(record, found) == ()
         model.train(mode != "train")
 

@@ -22,7 +22,9 @@ FREQUENCIES = "model.rotary_emb.inv_freq"
 
 def capture(model: nn.Module) -> DtypeRecord:
     """The record of a model, through JSON and back."""
-    return SECTION.decode(json.loads(json.dumps(SECTION.encode(dtype.capture(ModelView.of(model))))))
+    return SECTION.decode(
+        json.loads(json.dumps(SECTION.encode(dtype.capture(ModelView.of(model)))))
+    )
 
 
 def differences(record: DtypeRecord, model: nn.Module) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Callable
 
 import attrs
 import pytest
@@ -33,7 +34,7 @@ def test_versions_and_devices_are_recorded():
 
 def test_packages_that_are_not_installed_are_left_out(monkeypatch):
     """No version is made up for them."""
-    version = importlib.metadata.version
+    version: Callable[[str], str] = importlib.metadata.version
 
     def without_accelerate(name: str) -> str:
         if name == "accelerate":
@@ -74,7 +75,5 @@ def test_load_elsewhere_warns_and_goes_on(tmp_path, monkeypatch, load_base, with
         loaded = PeftModel.from_pretrained(load_base("fp32"), tmp_path)
     assert torch.equal(logits(loaded), expected)
     with pytest.raises(EnvironmentMismatchError):
-        PeftModel.from_pretrained(
-            load_base("fp32"), tmp_path, on_mismatch={"environment": "error"}
-        )
+        PeftModel.from_pretrained(load_base("fp32"), tmp_path, on_mismatch={"environment": "error"})
     PeftModel.from_pretrained(load_base("fp32"), tmp_path, on_mismatch={"environment": "ignore"})

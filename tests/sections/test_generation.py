@@ -168,7 +168,7 @@ def test_field_that_was_set_to_nothing_is_restored(models):
 
 
 def test_values_that_contradict_each_other_are_restored(models):
-    """Whatever a session left on the live model is put back, without transformers' opinion of it."""
+    """Whatever a session left on the live model is put back, whatever transformers thinks of it."""
     model, base = models
     model.generation_config.temperature = 0.5  # without sampling
     model.generation_config.num_return_sequences = 4  # of one beam

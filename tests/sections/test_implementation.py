@@ -91,7 +91,9 @@ def test_attention_of_parts_is_restored():
     assert restore(record, other) == []
 
 
-@pytest.mark.parametrize("name", ["kernels-community/flash-attn", "owner/repo@main:function", "new"])
+@pytest.mark.parametrize(
+    "name", ["kernels-community/flash-attn", "owner/repo@main:function", "new"]
+)
 def test_only_implementations_of_the_table_are_set(name, models, monkeypatch):
     """The name of a kernel repository would have transformers run code from the Hub."""
     _, other = models
@@ -246,7 +248,7 @@ def test_kernels_that_were_patched_in_are_a_difference(models, monkeypatch):
     model, other = models
     norm = type(other.get_base_model().model.norm)
 
-    def forward(self: Any, states: torch.Tensor) -> torch.Tensor:
+    def forward(_self: Any, states: torch.Tensor) -> torch.Tensor:
         return states
 
     forward.__module__ = "liger_kernel.transformers.rms_norm"

@@ -73,6 +73,7 @@ def capture(model: nn.Module) -> QuantizationRecord:
 def prepare(record: QuantizationRecord, model: nn.Module) -> None:
     """Restore a record on a bare base model."""
     quantization.prepare(record, ModelView.of(model))
+    quantization.finish(record, ModelView.of(model))
 
 
 def compare(record: QuantizationRecord, model: nn.Module) -> list[str]:

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import attrs
 import pytest
@@ -60,7 +61,9 @@ def test_record_is_a_frozen_value(section):
     record = section.record(**dict.fromkeys(attrs.fields_dict(section.record)))
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         setattr(record, fields[0].name, None)
-    undocumented = [field.name for field in fields if f"{field.name}:" not in section.record.__doc__]
+    undocumented = [
+        field.name for field in fields if f"{field.name}:" not in section.record.__doc__
+    ]
     assert not undocumented
 
 
@@ -80,8 +83,7 @@ def test_restored_fields_belong_to_a_section_that_restores():
 def test_sections_never_import_each_other(name):
     """A section can be read, changed and removed without the others."""
     source = importlib.import_module(f"peftstate.sections.{name}").__file__
-    with open(source, encoding="utf-8") as file:
-        text = file.read()
+    text = Path(str(source)).read_text(encoding="utf-8")
     others = set(FILES) - {name}
     assert not [other for other in others if f"peftstate.sections.{other} " in text]
     assert not [other for other in others if f"peftstate.sections import {other}" in text]

@@ -24,9 +24,9 @@ def capture() -> RngRecord:
     """The record of the process, through JSON and back, with the tensors of its sidecar."""
     record = rng.capture(VIEW)
     read = SECTION.decode(json.loads(json.dumps(SECTION.encode(record))))
-    return with_tensors(
-        read, {tensor.tensor: tensor.load().clone() for tensor in sidecar_tensors(record)}
-    )
+    tensors = {tensor.tensor: tensor.load().clone() for tensor in sidecar_tensors(record)}
+    filled: RngRecord = with_tensors(read, tensors)
+    return filled
 
 
 def differences(record: RngRecord) -> list[str]:
@@ -91,7 +91,7 @@ def test_capture_draws_nothing_and_is_a_copy():
 @pytest.mark.parametrize(
     ("draw", "changed"),
     [
-        (lambda: random.random(), {"python.state.digest"}),
+        (random.random, {"python.state.digest"}),
         (lambda: random.gauss(0, 1), {"python.state.digest", "python.gauss"}),
         (lambda: np.random.rand(400), {"numpy.position", "numpy.state.digest"}),
         (lambda: torch.rand(1), {"torch_cpu.digest"}),
@@ -193,7 +193,8 @@ def test_generators_of_accelerators_are_restored(device):
     assert torch.equal(device.state, torch.arange(16, dtype=torch.uint8))
 
 
-def test_broken_state_of_an_accelerator_leaves_all_as_it_was(device):
+@pytest.mark.usefixtures("device")
+def test_broken_state_of_an_accelerator_leaves_all_as_it_was():
     """The device comes last, when the others are set already."""
     record = capture()
     state = SidecarTensor.of("rng.cuda:0", torch.zeros(3, dtype=torch.uint8))
@@ -205,7 +206,8 @@ def test_broken_state_of_an_accelerator_leaves_all_as_it_was(device):
     assert differences(before) == []
 
 
-def test_generator_of_a_device_that_is_not_here_is_a_difference(device, monkeypatch):
+@pytest.mark.usefixtures("device")
+def test_generator_of_a_device_that_is_not_here_is_a_difference(monkeypatch):
     """What this machine has is restored, and the rest is said."""
     record = capture()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

@@ -84,7 +84,7 @@ def test_digest_of_a_scalar_and_of_nothing(shape):
 
 
 def test_digest_over_another_dtype():
-    """An upcast tensor compares with what it was: the digest is over the dtype that is asked for."""
+    """An upcast tensor compares with what it was: it is digested in the dtype that is asked for."""
     tensor = torch.randn(5).bfloat16()
     assert digest(tensor.float(), "bfloat16") == digest(tensor)
     assert digest(torch.randn(5), "bfloat16") != digest(tensor)
@@ -146,11 +146,15 @@ def test_only_dtypes_are_found(name):
 
 @attrs.frozen(kw_only=True)
 class Inner:
+    """A record with a tensor."""
+
     state: SidecarTensor
 
 
 @attrs.frozen(kw_only=True)
 class Outer:
+    """A record with tensors in all places."""
+
     plain: int
     inner: Inner | None
     many: dict[str, SidecarTensor]

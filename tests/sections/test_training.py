@@ -100,7 +100,7 @@ def test_single_module_in_another_mode_is_restored(models):
     assert train_flags(other) == train_flags(model)
 
 
-def test_flags_of_a_model_with_an_adapter_under_another_name(models, load_base, with_lora):
+def test_flags_of_a_model_with_an_adapter_under_another_name(models, load_base):
     """An adapter that got another name gets its flags all the same."""
     model, _ = models
     record = capture(model.train())

@@ -18,8 +18,10 @@ def model(load_base, with_lora):
 
 def adapters_seen(view: ModelView) -> set[str | None]:
     """The adapters that a view's tensors and modules belong to."""
-    sites = [*view.tensors(), *view.sites()]
-    return {site.adapter for site in sites if site.part == "adapter"}
+    tensors = {site.adapter for site in view.tensors() if site.part == "adapter"}
+    modules = {site.adapter for site in view.sites() if site.part == "adapter"}
+    assert tensors == modules
+    return tensors
 
 
 def test_view_of_a_model_has_all_adapters(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import peft
 import pytest
@@ -14,18 +15,18 @@ from peftstate.sections import _walk
 # PEFT, of what it takes for an unknown kind of norm
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 
-LORA = {"r": 2, "init_lora_weights": False}
 
-CONFIGS = {
-    "lora": peft.LoraConfig(target_modules=["q_proj", "down_proj"], **LORA),
-    "lora on embeddings": peft.LoraConfig(target_modules=["embed_tokens", "lm_head"], **LORA),
-    "modules to save": peft.LoraConfig(
-        target_modules=["q_proj"], modules_to_save=["lm_head"], **LORA
-    ),
-    "trainable tokens": peft.LoraConfig(
-        target_modules=["q_proj"], trainable_token_indices=[1, 2], **LORA
-    ),
-    "dora": peft.LoraConfig(target_modules=["q_proj"], use_dora=True, **LORA),
+def lora(**fields: Any) -> peft.LoraConfig:
+    """The config of a small LoRA with random weights."""
+    return peft.LoraConfig(r=2, init_lora_weights=False, **fields)
+
+
+CONFIGS: dict[str, peft.PeftConfig] = {
+    "lora": lora(target_modules=["q_proj", "down_proj"]),
+    "lora on embeddings": lora(target_modules=["embed_tokens", "lm_head"]),
+    "modules to save": lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "trainable tokens": lora(target_modules=["q_proj"], trainable_token_indices=[1, 2]),
+    "dora": lora(target_modules=["q_proj"], use_dora=True),
     "ia3": peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
     "layer norms": peft.LNTuningConfig(target_modules=["input_layernorm"]),
     "vera": peft.VeraConfig(target_modules=["q_proj"], r=2),
@@ -48,7 +49,7 @@ def wrapped(base: nn.Module, config: peft.PeftConfig, adapter: str = "default") 
     return peft.get_peft_model(base, copy.deepcopy(config), adapter_name=adapter)
 
 
-@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
+@pytest.fixture(params=CONFIGS.values(), ids=list(CONFIGS))
 def config(request):
     """An adapter of each kind."""
     return request.param
@@ -121,7 +122,7 @@ def test_adapters_are_told_apart(load_base):
 def test_adapter_on_other_layers_has_no_part_in_them(load_base):
     """An adapter is in the layers that it targets."""
     model = wrapped(load_base("bf16"), CONFIGS["lora"])
-    model.add_adapter("second", peft.LoraConfig(target_modules=["v_proj"], **LORA))
+    model.add_adapter("second", lora(target_modules=["v_proj"]))
     names = [site.name for site in _walk.tensors(model) if site.adapter == "second"]
     assert len(names) == 4
     assert all("v_proj.lora_" in name for name in names)

@@ -30,12 +30,13 @@ class PeftStateCallback(TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Attach to the trainer's model, whose saves record the tokenizer that the trainer saves."""
+        """Attach to the trainer's model, and have its saves record the trainer's tokenizer."""
         del args, state, control, kwargs
         if isinstance(model, peft.PeftModel):
             attach(model, tokenizer=processing_class)
         else:
             logger.warning(
-                "PeftStateCallback: the model is a %s, not a PEFT model; its saves carry no manifest.",
+                "PeftStateCallback: the model is a %s, not a PEFT model; "
+                "its saves carry no manifest.",
                 type(model).__name__,
             )

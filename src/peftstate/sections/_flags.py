@@ -43,7 +43,7 @@ class Flag:
 
 @functools.cache
 def flags() -> dict[str, Flag]:
-    """The flags that this torch has, in the order they are set: old names of TF32 before new ones."""
+    """The flags that this torch has, in the order they are set: TF32 by its old names first."""
     return {**_torch_flags(), **_tf32_flags(), **_cuda_flags(), **_cpu_flags()}
 
 
@@ -101,14 +101,14 @@ def _tf32_flags() -> dict[str, Flag]:
     return {
         "cudnn.allow_tf32": _attribute(torch.backends.cudnn, "allow_tf32"),
         **{
-            f"{name}.fp32_precision": _precision(owner)
+            f"{name}.fp32_precision": _precision(owner, name)
             for name, owner in kinds.items()
             if hasattr(owner, "fp32_precision")
         },
     }
 
 
-def _precision(owner: Any) -> Flag:
+def _precision(owner: Any, name: str) -> Flag:
     """The rounding of one kind of operation.
 
     ``"none"`` is the way to have what the whole backend has; what that is, `read` tells.
@@ -119,9 +119,8 @@ def _precision(owner: Any) -> Flag:
         if owner.fp32_precision != value:
             owner.fp32_precision = value
 
-    return Flag(
-        lambda: owner.fp32_precision, write, ("ieee", "tf32", "bf16"), synonyms={"none": "ieee"}
-    )
+    allowed = ("ieee", "tf32", "bf16") if name.startswith("mkldnn") else ("ieee", "tf32")
+    return Flag(lambda: owner.fp32_precision, write, allowed, synonyms={"none": "ieee"})
 
 
 def _cuda_flags() -> dict[str, Flag]:

@@ -21,7 +21,6 @@ SAMPLED_PLACES = 16
 """Places that a sampled digest reads, evenly spread from the first byte to the last."""
 
 
-
 @attrs.frozen(kw_only=True)
 class TensorRecord:
     """A tensor as a manifest describes it.
@@ -124,7 +123,9 @@ def dtype_named(name: str) -> torch.dtype:
     """
     import torch
 
-    known = {dtype_name(value): value for value in vars(torch).values() if type(value) is torch.dtype}
+    known = {
+        dtype_name(value): value for value in vars(torch).values() if type(value) is torch.dtype
+    }
     if name not in known:
         raise ValueError(f"there is no dtype {name!r} in torch {torch.__version__}")
     return known[name]
@@ -159,7 +160,7 @@ def digest(tensor: torch.Tensor, dtype: str | None = None, *, sampled: bool = Fa
     if sampled and raw.numel() > SAMPLED_BYTES * SAMPLED_PLACES:
         raw = _sample(raw)
     name, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
-    return tensor_digest(name, shape, raw.cpu().numpy())
+    return tensor_digest(name, shape, raw.cpu().numpy().data)
 
 
 def _sample(raw: torch.Tensor) -> torch.Tensor:

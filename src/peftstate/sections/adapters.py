@@ -121,6 +121,13 @@ def _refuse_unloadable(view: ModelView) -> None:
             "the adapter is merged, which in LN tuning puts the base model's layers in its place, "
             "and PEFT would save these; call unmerge_adapter() first"
         )
+    for name, config in view.model.peft_config.items():
+        if getattr(config, "use_trainable_adapters", False) and name != "default":
+            # peft/peft_model.py::PeftModel.save_pretrained puts each adapter into its own folder
+            raise ValueError(
+                f"X-LoRA's adapter is called {name!r}, so that its folder would not hold the experts "
+                "that it trained; call it 'default'"
+            )
     if getattr(view.model, "_is_prompt_learning", False) and not _enabled(view.model):
         raise ValueError(
             "the prompt is disabled, which it can only be within disable_adapter(); save outside it"
@@ -197,7 +204,15 @@ def canonical_fields(config: Mapping[str, Any]) -> dict[str, Json]:
     }
 
 
-_SETS = frozenset({"target_modules", "exclude_modules", "modules_to_save", "target_parameters"})
+_SETS = frozenset(
+    {
+        "exclude_modules",
+        "feedforward_modules",
+        "modules_to_save",
+        "target_modules",
+        "target_parameters",
+    }
+)
 """Fields that PEFT holds as sets and writes in random order."""
 
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from peftstate._diff import Json
-from peftstate.errors import BaseModelMismatchError
+from peftstate._warn import warn
+from peftstate.errors import BaseModelMismatchError, StateMismatchWarning
 from peftstate.sections import _origin
 from peftstate.sections._base import Section
-from peftstate.sections._base_tensors import base_tensors, embedding_weight, records
-from peftstate.sections._tensors import TensorRecord, in_threads, tensor_record
+from peftstate.sections._base_tensors import BaseTensor, base_tensors, embedding_weight, records
+from peftstate.sections._tensors import TensorRecord, in_threads, is_readable, tensor_record
 from peftstate.sections._walk import is_peft_model, replicated_layers
 
 if TYPE_CHECKING:
@@ -167,11 +168,14 @@ def _capture_again(
         skipped: Names of tensors that are taken over from it, if they are there.
     """
     tensors = base_tensors(view)
+    unreadable = _unreadable(tensors, record, skipped)
 
     def describe(name: str) -> TensorRecord:
         saved = record.tensors.get(name)
         if saved is not None and name in skipped:
             return saved
+        if saved is not None and name in unreadable:
+            return attrs.evolve(saved, shape=tuple(tensors[name].tensor.shape))
         return tensor_record(
             tensors[name].tensor,
             saved.dtype if saved is not None else None,
@@ -194,6 +198,27 @@ def _capture_again(
         load_dtype=record.load_dtype,
         config={key: found.config.get(key, value) for key, value in record.config.items()},
     )
+
+
+def _unreadable(
+    tensors: Mapping[str, BaseTensor], record: BaseModelRecord, skipped: Collection[str]
+) -> set[str]:
+    """The tensors that cannot be compared in this process, of which a warning tells."""
+    names = {
+        name
+        for name, saved in record.tensors.items()
+        if saved.digest is not None
+        and name not in skipped
+        and name in tensors
+        and not is_readable(tensors[name].tensor)
+    }
+    if names:
+        warn(
+            f"{len(names)} of {len(tensors)} tensors of the base model cannot be read in this "
+            "process (they are offloaded, or shards), so they were not compared.",
+            StateMismatchWarning,
+        )
+    return names
 
 
 def _describe(
@@ -297,7 +322,8 @@ def prepare(record: BaseModelRecord, view: ModelView) -> None:
         return
     names = [name for name, tensor in base_tensors(view).items() if tensor.tensor is inputs]
     restored = {*record.changed, *record.shadowed}
-    rows = [record.tensors[name].shape[0] for name in names if name in restored & record.tensors.keys()]
+    known = restored & record.tensors.keys()
+    rows = [record.tensors[name].shape[0] for name in names if name in known]
     if rows and rows[0] != inputs.shape[0]:
         base.resize_token_embeddings(rows[0], mean_resizing=False)
 

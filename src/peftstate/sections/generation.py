@@ -87,7 +87,7 @@ def restore(record: GenerationRecord, view: ModelView) -> None:
     live = _config_of(view)
     if record.config is not None and live is not None and record.config != fields(live):
         view.base.generation_config = _config(record.config, live)
-    config = getattr(view.base, "config", None)
+    config: Any = getattr(view.base, "config", None)
     if record.use_cache is not None and hasattr(config, "use_cache"):
         config.use_cache = record.use_cache
 

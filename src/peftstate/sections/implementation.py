@@ -40,6 +40,9 @@ AUTOCAST_DTYPES = frozenset({"bfloat16", "float16"})
 """What a manifest may have autocast compute in."""
 _INPUT_HOOK = "enable_input_require_grads.<locals>.make_inputs_require_grads"
 """The hook of transformers that gradient checkpointing over a frozen embedding needs."""
+_LISTENING = "transformers.utils.output_capturing."
+"""Where the hooks are from that transformers leaves on layers whose outputs were once asked for
+(``output_hidden_states=True``). They change nothing."""
 EXPERTS = frozenset({"eager", "batched_mm", "grouped_mm"})
 """What a manifest may set for the experts of a mixture."""
 _EAGER = "eager"
@@ -144,8 +147,9 @@ def _hooks(view: ModelView) -> dict[str, tuple[str, ...]]:
     found = {}
     for name, module in view.base_modules():
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        names = [_function_name(hook) for hook in hooks]
-        others = [name for name in names if not name.endswith(_INPUT_HOOK)]
+        functions = [_function_name(hook) for hook in hooks]
+        names = [function for function in functions if not function.startswith(_LISTENING)]
+        others = [function for function in names if not function.endswith(_INPUT_HOOK)]
         if names:
             found[name] = tuple(others + sorted(set(names) - set(others)))
     return found
@@ -192,7 +196,7 @@ def _has_input_hook(hooks: Mapping[str, tuple[str, ...]]) -> bool:
     return any(name.endswith(_INPUT_HOOK) for names in hooks.values() for name in names)
 
 
-def _restore_autocast(record: ImplementationRecord, model: nn.Module) -> None:
+def _restore_autocast(record: ImplementationRecord, model: Any) -> None:
     """Wrap `forward` as accelerate does, so that accelerate can unwrap it, or unwrap it."""
     import torch
     from accelerate.utils import convert_outputs_to_fp32
@@ -214,7 +218,7 @@ def _restore_autocast(record: ImplementationRecord, model: nn.Module) -> None:
     forward = model.forward
     model._original_forward = forward
     model.forward = MethodType(
-        convert_outputs_to_fp32(context(forward.__func__)),  # type: ignore[attr-defined]
+        convert_outputs_to_fp32(context(forward.__func__)),
         model,
     )
 

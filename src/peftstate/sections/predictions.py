@@ -14,20 +14,19 @@ which sums are formed.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
 import attrs
 
 from peftstate.errors import PredictionMismatchError
-from peftstate.sections import _flags, _generators, _platform
+from peftstate.sections import _flags, _platform
 from peftstate.sections._base import Section
+from peftstate.sections._probe import device_kinds, predict
 from peftstate.sections._tensors import SidecarTensor
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from peftstate.sections._view import ModelView
 
@@ -37,8 +36,6 @@ SUMS = 100
 """The same of float32, in which sums are formed."""
 TF32 = 2.0**-10
 """The distance from 1 to the next number that has TF32's ten bits."""
-LENGTH = 16
-"""Tokens in the synthetic inputs."""
 
 
 @attrs.frozen(kw_only=True)
@@ -70,92 +67,26 @@ class PredictionsRecord:
         return self if set(self.adapters) <= set(names) else None
 
 
-def probe_inputs(probe: Any, base: nn.Module) -> dict[str, torch.Tensor] | None:
-    """The inputs to predict on, as copies on the CPU, whatever form they come in.
-
-    Args:
-        probe: A mapping, a tensor, ``True`` for synthetic inputs, or `None` or ``False`` for none.
-        base: The base model.
-
-    Raises:
-        TypeError: It is something else, or not all its values are tensors.
-        ValueError: No inputs can be made up for this model.
-    """
-    import torch
-
-    if probe is None or probe is False:
-        return None
-    main = getattr(base, "main_input_name", "input_ids")
-    if probe is True:
-        probe = _synthetic(base, main)
-    elif isinstance(probe, torch.Tensor):
-        probe = {main: probe}
-    if not isinstance(probe, Mapping):
-        raise TypeError(
-            "prediction_probe must be a mapping of tensors by the arguments of forward, a tensor "
-            f"of {main}, or True; it is a {type(probe).__name__}"
-        )
-    for name, value in probe.items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(
-                f"prediction_probe[{name!r}] is a {type(value).__name__}, and must be a tensor; "
-                'of a tokenizer, ask for return_tensors="pt"'
-            )
-    return {name: _copy(value) for name, value in probe.items()}
-
-
-def _synthetic(base: Any, main: str) -> dict[str, torch.Tensor]:
-    """Some ids, the same for each model of this vocabulary, no special ones among them."""
-    import torch
-
-    config = getattr(base, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = getattr(text, "vocab_size", None)
-    if main != "input_ids" or not isinstance(size, int):
-        raise ValueError(
-            f"prediction_probe=True: no inputs can be made up for a {type(base).__name__}, which "
-            f"takes {main}; pass the inputs themselves"
-        )
-    ids_of = (vars(owner).items() for owner in (config, text))
-    special = {value for items in ids_of for name, value in items if "token" in name and _is_id(value)}
-    ids = [id_ for id_ in range(size) if id_ not in special] or [0]
-    chosen = [ids[number * len(ids) // LENGTH] for number in range(LENGTH)]
-    inputs = {"input_ids": torch.tensor([chosen])}
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = torch.tensor([chosen[: LENGTH // 4]])
-    return inputs
-
-
-def _is_id(value: object) -> bool:
-    """Whether a value of a config may be an id of a token."""
-    return type(value) is int
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the CPU, in memory of its own."""
-    import torch
-
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
 def inputs_of(record: PredictionsRecord | None) -> dict[str, torch.Tensor] | None:
-    """The inputs that a record has, to predict on them again."""
-    return record and {name: tensor.load() for name, tensor in record.inputs.items()}
+    """The inputs that a record has, if there is one, to predict on them again."""
+    if record is None:
+        return None
+    return {name: tensor.load() for name, tensor in record.inputs.items()}
 
 
 def capture(view: ModelView) -> PredictionsRecord:
     """Run the model. It is left as it is."""
-    assert view.probe is not None
-    logits = predict(view.model, view.probe)
+    inputs = view.probe or {}
+    logits = predict(view.model, inputs)
     active = getattr(view.model, "active_adapters", ())
     return PredictionsRecord(
         inputs={
             name: SidecarTensor.of(f"predictions.inputs.{name}", tensor)
-            for name, tensor in view.probe.items()
+            for name, tensor in inputs.items()
         },
         logits=SidecarTensor.of("predictions.logits", logits),
         adapters=tuple(view.saved_name(live) or live for live in active),
-        environment=_platform.key(_kinds(view.model)),
+        environment=_platform.key(device_kinds(view.model)),
         tolerance=_tolerance(view, logits),
         max_difference=0.0,
         kl_divergence=0.0,
@@ -167,14 +98,12 @@ def capture_like(view: ModelView, record: PredictionsRecord) -> PredictionsRecor
     """Run the model on the saved inputs, and measure how far off it is."""
     import torch
 
-    inputs, saved = inputs_of(record), record.logits.load()
-    assert inputs is not None
-    found = predict(view.model, inputs)
+    saved, found = record.logits.load(), predict(view.model, inputs_of(record) or {})
     if found.dtype != saved.dtype or found.shape != saved.shape:
         return attrs.evolve(record, logits=SidecarTensor.of(record.logits.tensor, found))
     difference = _difference(saved, found)
     allowed = 0.0
-    if record.environment != _platform.key(_kinds(view.model)):
+    if record.environment != _platform.key(device_kinds(view.model)):
         allowed = max(record.tolerance, _tolerance(view, saved))
     if difference <= allowed:
         return record
@@ -197,7 +126,7 @@ def _difference(saved: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def _divergence(saved: torch.Tensor, found: torch.Tensor) -> float:
-    """The mean Kullback-Leibler divergence over the last dimension; infinite if that is no number."""
+    """The mean Kullback-Leibler divergence over the last dimension; infinite if it is no number."""
     import torch
 
     if not saved.dim():
@@ -223,11 +152,12 @@ def _eps(view: ModelView, logits: torch.Tensor) -> float:
     import torch
 
     dtypes = {site.tensor.dtype for site in view.tensors()}
-    dtypes |= {getattr(module, "compute_dtype", None) for module in view.model.modules()}
-    computed = {torch.float64, torch.float32, torch.float16, torch.bfloat16} & {*dtypes, logits.dtype}
-    eps = max(torch.finfo(dtype).eps for dtype in computed)
+    quantized = (getattr(module, "compute_dtype", None) for module in view.model.modules())
+    dtypes |= {dtype for dtype in quantized if dtype is not None}
+    computed = {torch.float64, torch.float32, torch.float16, torch.bfloat16} & dtypes
+    eps = max(torch.finfo(dtype).eps for dtype in {*computed, logits.dtype})
     backends = {"cuda": ("cuda", "cudnn"), "cpu": ("mkldnn",)}
-    used = {name for kind in _kinds(view.model) for name in backends.get(kind, ())}
+    used = {name for kind in device_kinds(view.model) for name in backends.get(kind, ())}
     rounding = {
         value
         for name, value in _flags.read().items()
@@ -235,75 +165,6 @@ def _eps(view: ModelView, logits: torch.Tensor) -> float:
     }
     rounded = {"tf32": TF32, "bf16": torch.finfo(torch.bfloat16).eps}
     return max([eps, *(rounded[value] for value in rounding if value in rounded)])
-
-
-def _kinds(model: nn.Module) -> set[str]:
-    """The kinds of device that a model is on."""
-    return {parameter.device.type for parameter in model.parameters()} - {"meta"}
-
-
-def predict(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Run a model in eval mode and leave it, and all generators, as they were.
-
-    `forward` is that of the class: what accelerate wraps around it on the model itself is taken
-    for what it is, a part of the trainer.
-
-    Returns:
-        The logits, on the CPU.
-    """
-    import torch
-
-    devices = (tensor.device for tensor in model.parameters() if not tensor.is_meta)
-    device = next(devices, torch.device("cpu"))
-    with _left_alone(model), torch.no_grad():
-        model.eval()
-        output = type(model).forward(
-            model, **{name: tensor.to(device) for name, tensor in inputs.items()}
-        )
-        return _copy(_logits(output))
-
-
-@contextmanager
-def _left_alone(model: Any) -> Iterator[None]:
-    """Have the same numerics in the body wherever it runs, and put everything back."""
-    import torch
-
-    from peftstate._snapshot import Snapshot
-
-    snapshot = Snapshot.of(model)
-    with ExitStack() as stack:
-        stack.callback(snapshot.restore)
-        stack.enter_context(_generators.kept(seed=0))
-        stack.enter_context(
-            _flags.set_to({"cudnn.benchmark": False, "cudnn.deterministic": True})
-        )
-        for kind in _kinds(model):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
-def _logits(output: Any) -> torch.Tensor:
-    """The logits in an output, or the hidden states, or its first tensor of floating numbers.
-
-    Raises:
-        ValueError: There is none.
-    """
-    import torch
-
-    for name in ("logits", "last_hidden_state"):
-        found = getattr(output, name, None)
-        if isinstance(found, torch.Tensor):
-            return found
-    todo = [output]
-    while todo:
-        item = todo.pop(0)
-        if isinstance(item, torch.Tensor) and item.is_floating_point():
-            return item
-        if isinstance(item, Mapping):
-            todo += item.values()
-        elif isinstance(item, (list, tuple)):
-            todo += item
-    raise ValueError(f"prediction_probe: a {type(output).__name__} holds no floating point tensor")
 
 
 SECTION = Section(

@@ -18,8 +18,6 @@ from peftstate.sections._generators import devices
 from peftstate.sections._tensors import SidecarTensor
 
 if TYPE_CHECKING:
-    import torch
-
     from peftstate.sections._view import ModelView
 
 TWISTER = "MT19937"

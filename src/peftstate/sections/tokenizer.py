@@ -30,6 +30,10 @@ CANARIES = {
 }
 """Texts whose ids tell what no setting does: how text is normalised and cut up, and which special
 tokens are put around it."""
+RESTORED = frozenset(
+    {"padding_side", "truncation_side", "model_max_length", "chat_templates", "template_ids"}
+)
+"""The fields that a load sets, and the one that follows from them."""
 SIDES = ("left", "right")
 NO_LIMIT = int(1e30)
 """What transformers takes as the maximum length of a tokenizer that has none."""
@@ -102,7 +106,7 @@ class TokenizerRecord:
 
 
 def tokenizer_of(given: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in what was given: itself, or that of a processor; none in an image processor."""
+    """The tokenizer in what was given: itself, or a processor's; an image processor has none."""
     if given is None:
         return None
     from transformers import PreTrainedTokenizerBase
@@ -120,8 +124,7 @@ def _is_given(view: ModelView) -> bool:
 
 def capture(view: ModelView) -> TokenizerRecord:
     """Describe the tokenizer."""
-    tokenizer = tokenizer_of(view.tokenizer)
-    assert tokenizer is not None
+    tokenizer: Any = tokenizer_of(view.tokenizer)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     behind = {id_: token for id_, token in added.items() if id_ >= tokenizer.vocab_size}
     with _left_alone(tokenizer):
@@ -229,15 +232,16 @@ def _template_owners(view: ModelView) -> list[Any]:
 def _templates(view: ModelView) -> dict[str, str]:
     """The chat templates that are in effect."""
     found = (getattr(owner, "chat_template", None) for owner in _template_owners(view))
-    templates = next((value for value in found if value), {})
+    templates: Any = next((value for value in found if value), {})
     return {"default": templates} if isinstance(templates, str) else dict(templates)
 
 
 def capture_like(view: ModelView, record: TokenizerRecord) -> TokenizerRecord:
-    """Capture for a comparison: the class, which has other names in other releases, decides nothing."""
+    """Capture for a comparison. The class has other names in other releases; it decides nothing."""
     found = capture(view)
-    same = attrs.evolve(found, kind=record.kind)
-    return same if same == record else found
+    restored = {name: getattr(record, name) for name in RESTORED}
+    does_the_same = attrs.evolve(found, kind=record.kind, **restored) == record
+    return attrs.evolve(found, kind=record.kind) if does_the_same else found
 
 
 def capture_restored(view: ModelView, record: TokenizerRecord) -> TokenizerRecord:
@@ -299,9 +303,7 @@ SECTION = Section(
     capture_like=capture_like,
     capture_restored=capture_restored,
     restore=restore,
-    restored=frozenset(
-        {"padding_side", "truncation_side", "model_max_length", "chat_templates", "template_ids"}
-    ),
+    restored=RESTORED,
     checked_on_base=True,
     is_captured=_is_given,
     error=TokenizerMismatchError,

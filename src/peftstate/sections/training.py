@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -155,11 +155,9 @@ def restore(record: TrainingRecord, view: ModelView) -> None:
 
 def _restore_checkpointing(record: TrainingRecord, view: ModelView) -> None:
     """Switch gradient checkpointing on or off, and set the flag of each module."""
-    modules = [(name, module) for name, module in view.base_modules()]
+    modules: list[tuple[str, Any]] = list(view.base_modules())
     if record.gradient_checkpointing and hasattr(view.base, "_set_gradient_checkpointing"):
-        arguments = (
-            {} if record.use_reentrant is None else {"use_reentrant": record.use_reentrant}
-        )
+        arguments = {} if record.use_reentrant is None else {"use_reentrant": record.use_reentrant}
         # its name changed in transformers 5, where the old one warns
         enable = getattr(
             view.base,
