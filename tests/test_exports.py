@@ -93,6 +93,6 @@ peftstate.Manifest.from_json(manifest.to_json(), path="")
     assert _imported(code) == set()
 
 
-def test_heavy_when_used() -> None:
-    """The test above would see it: a name that needs torch imports it when it is first used."""
-    assert _imported("import peftstate; peftstate.PeftModel") >= {"peft", "torch", "transformers"}
+def test_heavy_is_seen() -> None:
+    """The tests above would see it: a module that needs torch imports it."""
+    assert "torch" in _imported("import peftstate._snapshot")

@@ -20,7 +20,6 @@ from peftstate.errors import (
     ManifestDecodeError,
     ManifestNotFoundError,
     SchemaVersionError,
-    StateMismatchError,
 )
 from peftstate.manifest import FileRecord, Manifest
 from peftstate.sections import SECTIONS
@@ -147,9 +146,9 @@ def test_verify_files_changed(folder: Path) -> None:
         Mismatch("files", f"{extra}.sha256", file_digest(b"more"), file_digest(b"less!")),
         Mismatch("files", f"{extra}.size", 4, 5),
     )
-    with pytest.raises(StateMismatchError) as caught:
+    with pytest.raises(IntegrityError) as caught:
         report.raise_for_mismatch()
-    assert caught.value.mismatches == report.mismatches
+    assert caught.value.file == "adapter_model.safetensors"
 
 
 def test_verify_files_missing(folder: Path) -> None:

@@ -72,7 +72,7 @@ def test_error_of_each_section(section: Any) -> None:
 
 def test_error_of_no_section() -> None:
     """What is no section raises the general error, which nothing can switch off."""
-    report = Report((Mismatch("files", "[a].size", 1, 2),), ("files",))
+    report = Report((Mismatch("nothing", "[a].size", 1, 2),), ("nothing",))
     assert type(report.error()) is errors.StateMismatchError
     assert "on_mismatch" not in str(report.error())
 
@@ -82,3 +82,11 @@ def test_value() -> None:
     assert pickle.loads(pickle.dumps(REPORT)) == REPORT  # noqa: S301
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         REPORT.mismatches = ()  # type: ignore[misc]
+
+
+def test_damaged_files_are_an_integrity_error() -> None:
+    """A report of `verify_files` raises `IntegrityError`, which names the first file."""
+    report = Report((Mismatch("files", "[a.b].size", 1, 2),), ("files",))
+    with pytest.raises(errors.IntegrityError) as caught:
+        report.raise_for_mismatch()
+    assert (caught.value.file, caught.value.expected, caught.value.actual) == ("a.b", "1", "2")

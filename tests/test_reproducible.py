@@ -90,15 +90,15 @@ def test_nothing_is_left_behind_by_an_exception(model):
     """The exception comes out, and all is as before."""
     before, modes = process(), flags(model)
 
-    @peftstate.reproducible(model, seed=7)
-    def evaluate() -> None:
-        sample(model)
-        model.train()
-        torch.set_default_dtype(torch.float64)
-        raise KeyError("stop")
+    def fail() -> None:
+        with peftstate.reproducible(model, seed=7):
+            sample(model)
+            model.train()
+            torch.set_default_dtype(torch.float64)
+            raise KeyError("stop")
 
     with pytest.raises(KeyError, match="stop"):
-        evaluate()
+        fail()
     assert process() == before
     assert flags(model) == modes
 

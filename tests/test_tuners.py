@@ -172,7 +172,9 @@ CASES = {
     "VERA, without projections": layers("VeraConfig", r=4, save_projection=False),
     "WAVEFT": layers("WaveFTConfig", n_frequency=20),
     # completed by `with_experts`: it mixes LoRA adapters that are on disk
-    "XLORA": Case("XLoraConfig", {"hidden_size": 64, "xlora_depth": 2, "xlora_size": 8}, is_lossy=True),
+    "XLORA": Case(
+        "XLoraConfig", {"hidden_size": 64, "xlora_depth": 2, "xlora_size": 8}, is_lossy=True
+    ),
 }
 CASES = {name: case for name, case in CASES.items() if hasattr(peft, case.config)}
 
@@ -449,10 +451,8 @@ def test_several_adapters_of_a_type(bases, tmp_path, name):
 # PEFT, of a rank pattern that AdaLoRA itself made
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
 def test_adalora_after_it_cut_its_ranks(bases, tmp_path):
-    """PEFT saves the ranks that are left; here all come back, to be trained further as they were."""
-    case = layers(
-        "AdaLoraConfig", init_r=4, target_r=2, tinit=1, tfinal=2, deltaT=1, total_step=6
-    )
+    """PEFT saves the ranks that are left; here all come back, to be trained as before."""
+    case = layers("AdaLoraConfig", init_r=4, target_r=2, tinit=1, tfinal=2, deltaT=1, total_step=6)
     model = peftstate.get_peft_model(bases(case), case.make())
     disturb(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -249,12 +249,13 @@ def test_sets_of_an_adapter_config_are_known():
 
     It makes one of what it is given as a list, in `__post_init__`.
     """
-    found = {
-        field.name
-        for config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.values()
-        for field in dataclasses.fields(config)
-        if f"set(self.{field.name})" in inspect.getsource(config)
-    }
+    found = set()
+    for config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.values():
+        names, source = (
+            {field.name for field in dataclasses.fields(config)},
+            inspect.getsource(config),
+        )
+        found |= {name for name in names if f"set(self.{name})" in source}
     assert {"target_modules", "feedforward_modules"} <= found <= adapters._SETS
 
 

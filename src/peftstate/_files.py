@@ -12,7 +12,7 @@ from peftstate._codec import encode
 from peftstate._diff import ABSENT
 from peftstate._digest import file_digest
 from peftstate._folder import AdapterFolder, open_folder
-from peftstate._report import Report
+from peftstate._report import FILES, Report
 from peftstate._storage import MANIFEST_NAME
 from peftstate.errors import PeftStateError
 from peftstate.manifest import MAX_BYTES, FileRecord, Manifest, encode_sections
@@ -24,9 +24,6 @@ _ATTEMPTS = 20
 """Times that a folder is read, if a save comes between."""
 _PAUSE = 0.02
 """Seconds before it is read again."""
-
-FILES = "files"
-"""The name that stands for a section in the reports of `verify_files`."""
 
 
 def read_manifest(source: str | os.PathLike[str], **hub: Any) -> Manifest:

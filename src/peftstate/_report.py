@@ -5,7 +5,10 @@ from __future__ import annotations
 import attrs
 
 from peftstate import errors
-from peftstate._diff import Mismatch
+from peftstate._diff import Mismatch, steps
+
+FILES = "files"
+"""What stands for a section in the reports of `verify_files`."""
 
 _ERRORS: dict[str, type[errors.StateMismatchError]] = {
     **{error.section: error for error in errors.StateMismatchError.__subclasses__()},
@@ -44,13 +47,18 @@ class Report:
         Raises:
             StateMismatchError: The class is that of the first section that differs; the error
                 holds the mismatches of all sections.
+            IntegrityError: The report is one of `verify_files`; the error names the first file.
         """
         if self.mismatches:
             raise self.error()
 
-    def error(self) -> errors.StateMismatchError:
+    def error(self) -> errors.StateMismatchError | errors.IntegrityError:
         """The error that stands for this report, which must hold a mismatch."""
-        return _ERRORS.get(self.mismatches[0].section, errors.StateMismatchError)(self)
+        first = self.mismatches[0]
+        if first.section == FILES:
+            file = steps(first.field)[0]
+            return errors.IntegrityError(file, str(first.saved), str(first.found))
+        return _ERRORS.get(first.section, errors.StateMismatchError)(self)
 
     def __str__(self) -> str:
         differing = {mismatch.section for mismatch in self.mismatches}

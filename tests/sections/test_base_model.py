@@ -13,7 +13,7 @@ from torch import nn
 
 import peftstate
 from peftstate import PeftModel
-from peftstate.errors import BaseModelMismatchError
+from peftstate.errors import BaseModelMismatchError, StateMismatchWarning
 from peftstate.sections import base_model
 from peftstate.sections._view import ModelView
 from peftstate.sections.base_model import NOT_IN_CONFIG, RESTORED_CONFIG, SECTION, BaseModelRecord
@@ -136,7 +136,7 @@ def test_running_statistics_are_part_of_it():
 
 
 def test_meta_tensors_are_not_compared(load_base, with_lora):
-    """What could not be read where it was saved has no digest, and is no difference here."""
+    """What cannot be read, there or here, is no difference; if it could be, a warning tells."""
     base = load_base("bf16")
     model = with_lora(base)
     complete = capture(model)
@@ -144,7 +144,8 @@ def test_meta_tensors_are_not_compared(load_base, with_lora):
     record = capture(model)
     assert record.tensors["lm_head.weight"].digest is None
     assert differences(record, load_base("bf16")) == []
-    assert differences(complete, model) == ["tensors[lm_head.weight].digest"]
+    with pytest.warns(StateMismatchWarning, match="1 of 29 tensors"):
+        assert differences(complete, model) == []
 
 
 # Embeddings

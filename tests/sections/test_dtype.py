@@ -9,6 +9,7 @@ import attrs
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from peftstate.sections import dtype
@@ -47,6 +48,24 @@ def test_quantized_weights_have_no_dtype_here(load_base):
         assert record.base["lm_head.weight"] == "bfloat16"
         assert record.base.default == "bfloat16"
         assert not [name for name in record.base.exceptions if "proj.weight" in name]
+
+
+def test_storage_of_a_quantized_weight_is_no_dtype(causal_lm):
+    """FSDP has 4-bit weights stored as bf16, which are no numbers and must not be cast."""
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16
+    )
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        causal_lm, dtype=torch.bfloat16, quantization_config=config
+    )
+    weight = base.model.layers[0].mlp.up_proj.weight
+    assert weight.dtype == torch.bfloat16
+    before = weight.data.clone()
+    record = attrs.evolve(capture(base), base=Table(default="float32", exceptions={}))
+    dtype.prepare(record, ModelView(model=base))
+    assert weight.dtype == torch.bfloat16
+    assert torch.equal(weight.data.view(torch.uint8), before.view(torch.uint8))
+    assert base.model.norm.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["bf16", "nf4", "int8"])

@@ -98,6 +98,7 @@ def test_sampled_digest_reads_the_ends_of_a_long_tensor():
         changed = tensor.clone()
         changed[place] = 1
         assert (digest(changed, sampled=True) != sampled) is seen
+        assert digest(changed) != digest(tensor)
 
 
 def test_sampled_digest_of_a_short_tensor_is_the_full_one():
@@ -137,7 +138,9 @@ def test_dtype_is_found_by_its_name(dtype):
     assert dtype_named(dtype_name(dtype)) is dtype
 
 
-@pytest.mark.parametrize("name", ["", "Tensor", "nn", "float", "torch.float32", "load", "__name__"])
+@pytest.mark.parametrize(
+    "name", ["", "Tensor", "nn", "float", "torch.float32", "strided", "preserve_format", "__name__"]
+)
 def test_only_dtypes_are_found(name):
     """No other attribute of torch is reached by a manifest."""
     with pytest.raises(ValueError, match="no dtype"):

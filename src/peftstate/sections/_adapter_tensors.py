@@ -47,9 +47,7 @@ def adapter_tensors(
     with at_rest(view.model, adapter):
         live = live_tensors(view.model)
         written = file_tensors(view.model, adapter, embeddings=embeddings, live=live)
-    in_file = {
-        name: tensor for name, tensor in written.items() if names is None or name in names
-    }
+    in_file = {name: tensor for name, tensor in written.items() if names is None or name in names}
     sites = [site for site in view.tensors() if site.adapter == adapter]
     identities = {id(tensor) for tensor in (*live.values(), *(site.tensor for site in sites))}
     held = {id(tensor) for tensor in in_file.values()}

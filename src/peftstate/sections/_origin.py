@@ -108,9 +108,7 @@ def lost(view: ModelView) -> list[str]:
     """The names of the tensors that no file has and that no load would bring about."""
     found = base_tensors(view)
     rewritten = _rewritten(view, found)  # merging into these starts from other weights
-    return sorted(
-        name for name in changed(view) if not found[name].replayed or name in rewritten
-    )
+    return sorted(name for name in changed(view) if not found[name].replayed or name in rewritten)
 
 
 def _is_trainable(base: BaseTensor) -> bool:
@@ -169,11 +167,7 @@ def _rewritten(view: ModelView, found: Mapping[str, BaseTensor]) -> set[str]:
     inits = [getattr(config, "init_lora_weights", None) for config in configs]
     if not any(isinstance(init, str) and init.lower().startswith(_REWRITING) for init in inits):
         return set()
-    return {
-        name
-        for name, base in found.items()
-        if _is_adapted(base)
-    }
+    return {name for name, base in found.items() if _is_adapted(base)}
 
 
 def _is_adapted(base: BaseTensor) -> bool:

@@ -91,10 +91,11 @@ def is_peft_model(model: nn.Module) -> bool:
     return isinstance(model, (PeftModel, PeftMixedModel))
 
 
-def base_of(model: nn.Module) -> nn.Module:
+def base_of(model: Any) -> nn.Module:
     """The base model inside a PEFT model (or the model itself), not compiled."""
     base = model.get_base_model() if is_peft_model(model) else model
-    return getattr(base, "_orig_mod", base)
+    inner: nn.Module = getattr(base, "_orig_mod", base)
+    return inner
 
 
 def original(module: nn.Module) -> nn.Module:
@@ -267,7 +268,7 @@ _NOTHING = _Over(shadowed=False, merged=False, adapted=False)
 class _Walk:
     """One walk over a model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
         self._base = base_of(model)
         self._adapters = tuple(getattr(model, "peft_config", ())) if is_peft_model(model) else ()
@@ -341,13 +342,12 @@ class _Walk:
     def _walk_shared(self, module: nn.Module, live: str, members: list[str]) -> Iterator[Site]:
         """What a layer of PEFT holds: mostly containers whose keys are adapters' names."""
         if not is_container(module):
-            for adapter in members[:1] or [None]:
-                yield from self._walk_peft(module, live, adapter=adapter)
+            yield from self._walk_peft(module, live, adapter=next(iter(members), None))
             return
         if not self._first_visit(module):
             return
-        for adapter in members:
-            yield Site("adapter", adapter, live, module)
+        for member in members:
+            yield Site("adapter", member, live, module)
         if not members:
             yield Site("model", None, live, module)
         for key, child in module._modules.items():
@@ -375,8 +375,7 @@ class _Walk:
 
 def _holds(module: nn.Module, adapter: str) -> bool:
     """Whether a layer of PEFT has anything of an adapter."""
-    return any(
-        adapter in child
-        for child in module._modules.values()
-        if child is not None and is_container(child)
-    )
+    containers: list[Any] = [
+        child for child in module._modules.values() if child is not None and is_container(child)
+    ]
+    return any(adapter in container for container in containers)

@@ -20,7 +20,6 @@ from peftstate.sections._table import Table
 from peftstate.sections._tensors import TensorRecord, tensor_records
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftConfig
     from torch import nn
 
@@ -125,8 +124,8 @@ def _refuse_unloadable(view: ModelView) -> None:
         if getattr(config, "use_trainable_adapters", False) and name != "default":
             # peft/peft_model.py::PeftModel.save_pretrained puts each adapter into its own folder
             raise ValueError(
-                f"X-LoRA's adapter is called {name!r}, so that its folder would not hold the experts "
-                "that it trained; call it 'default'"
+                f"X-LoRA's adapter is called {name!r}, so that its folder would not hold the "
+                "experts that it trained; call it 'default'"
             )
     if getattr(view.model, "_is_prompt_learning", False) and not _enabled(view.model):
         raise ValueError(
@@ -154,7 +153,9 @@ def applied_as_in(view: ModelView, record: AdaptersRecord) -> AdaptersRecord:
     merged = {name for layer in layers for name in getattr(layer, "merged_adapters", ())}
     return attrs.evolve(
         record,
-        active=tuple(saved for live in active if (saved := view.saved_name(live))) if active else None,
+        active=tuple(saved for live in active if (saved := view.saved_name(live)))
+        if active
+        else None,
         enabled=_enabled(view.model),
         merged=tuple(sorted(saved for live in merged if (saved := view.saved_name(live)))),
     )
@@ -181,7 +182,9 @@ def _describe(view: ModelView, saved: str, like: AdapterRecord | None) -> Adapte
     )
     return AdapterRecord(
         folder=view.folders[saved],
-        config=config if like is None else {key: config[key] for key in like.config if key in config},
+        config=config
+        if like is None
+        else {key: config[key] for key in like.config if key in config},
         tensors=dict(sorted({**tensor_records(tensors.saved), **computed}.items())),
         embeddings_saved=like is not None and like.embeddings_saved,
         unsaved=tensor_records({name: site.tensor for name, site in tensors.unsaved.items()}),
@@ -275,10 +278,10 @@ def restore(record: AdaptersRecord, view: ModelView) -> None:
 def restore_scaling(record: AdaptersRecord, view: ModelView) -> None:
     """Set the factor that each layer applies."""
     for site in view.sites():
-        saved = view.saved_name(site.adapter or "")
+        saved = record.adapters.get(view.saved_name(site.adapter or "") or "")
         scaling = getattr(site.module, "scaling", None)
-        if saved in record.adapters and isinstance(scaling, dict) and site.adapter in scaling:
-            value = record.adapters[saved].scaling[site.name]
+        if saved is not None and isinstance(scaling, dict) and site.adapter in scaling:
+            value = saved.scaling[site.name]
             if value is not None and value != scaling[site.adapter]:
                 scaling[site.adapter] = value
 

@@ -26,7 +26,7 @@ class EnvironmentRecord:
 
     Attributes:
         python: Version of Python.
-        packages: Version of each installed distribution of `_platform.PACKAGES`.
+        packages: Versions of the installed libraries that take part: ``"torch"`` → ``"2.13.0"``.
         cuda: Version of CUDA that torch was built for, or `None`.
         machine: Architecture of the processor, such as ``"x86_64"``.
         devices: Kinds of device that the model's tensors are on, such as ``("cpu",)``.

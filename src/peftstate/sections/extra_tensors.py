@@ -110,7 +110,7 @@ def _look_up(
 
 
 def restore(record: ExtraTensorsRecord, view: ModelView) -> None:
-    """Put the base model's saved tensors in their places; those of adapters came with the others."""
+    """Put the base model's tensors in their places; adapters' tensors came with the others."""
     for name, base in base_tensors(view).items():
         if name in record.base and base.site is not None:
             base.site.replace(record.base[name].load().to(base.tensor.device))
@@ -137,7 +137,7 @@ def _make_trainable_form(view: ModelView, adapter: str, names: Collection[str]) 
     """
     model = view.model
     model.peft_config[adapter].inference_mode = False
-    if names <= {site.name for site in view.tensors() if site.adapter == adapter}:
+    if set(names) <= {site.name for site in view.tensors() if site.adapter == adapter}:
         return  # to make it again may take a tokenizer (`prompt_tuning/model.py`)
     before = model.prompt_encoder[adapter]
     is_trainable = any(tensor.requires_grad for tensor in before.parameters())

@@ -172,6 +172,11 @@ def _kernels(view: ModelView) -> dict[str, str]:
     return found
 
 
+def prepare(record: ImplementationRecord, view: ModelView) -> None:
+    """Set the hook on the embedding itself, before a layer of PEFT may be around it."""
+    _restore_input_hook(record, view)
+
+
 def restore(record: ImplementationRecord, view: ModelView) -> None:
     """Set what can be set; implementations as far as they are of the closed tables."""
     _restore_functions(record, view)
@@ -246,6 +251,7 @@ SECTION = Section(
     name="implementation",
     record=ImplementationRecord,
     capture=capture,
+    prepare=prepare,
     restore=restore,
     error=ImplementationMismatchError,
 )

@@ -116,9 +116,7 @@ def capture_like(view: ModelView, record: QuantizationRecord) -> QuantizationRec
     )
 
 
-def _as_merged(
-    record: QuantizationRecord, layers: Mapping[str, nn.Module]
-) -> Table[LayerSettings]:
+def _as_merged(record: QuantizationRecord, layers: Mapping[str, nn.Module]) -> Table[LayerSettings]:
     """The settings of a bare base model's layers; of those that a load merges into, the saved."""
     settings = {
         name: record.layers[name]

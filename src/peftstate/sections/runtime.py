@@ -31,12 +31,14 @@ class RuntimeRecord:
     """The numerics of a process.
 
     Attributes:
-        flags: The flags of torch of `_flags.flags`, as far as this torch has them.
+        flags: torch's settings of precision, determinism and choice of kernels, as far as this
+            torch has them: ``"cudnn.benchmark"`` → false.
         cpu_threads: How many threads share a sum on the CPU; `None` if no tensor of the model is
             there.
         autocast: The dtype of each kind of device for which autocast is on, in the thread that
             captured.
-        variables: Those environment variables of `_platform.VARIABLES` that are set.
+        variables: The environment variables that decide about kernels, as far as they are set, such
+            as ``"CUBLAS_WORKSPACE_CONFIG"``.
     """
 
     flags: Mapping[str, Json]

@@ -80,12 +80,13 @@ class TokenizerRecord:
     Attributes:
         kind: Its class. Another one that does the same is no difference.
         size: How many tokens it has.
-        vocabulary: BLAKE3 over the tokens and ids that it has by itself.
+        vocabulary: BLAKE3 over the tokens that it has by itself, their ids, and how they are found.
         added_tokens: Those that were added behind them.
         special_tokens: Ids of the special tokens by their roles, such as ``"eos_token"``.
-        canaries: What it makes of the texts of `CANARIES`; empty if it takes no plain text.
-        padding_side: ``"left"`` or ``"right"``.
-        truncation_side: ``"left"`` or ``"right"``.
+        canaries: What it makes of two fixed texts, ``"long"`` and ``"short"``; empty if it takes no
+            plain text.
+        padding_side: Where a batch is padded: ``"left"`` or ``"right"``.
+        truncation_side: Where a long text is cut: ``"left"`` or ``"right"``.
         model_max_length: The maximum length, or `None`.
         chat_templates: The chat templates by name; the usual one is ``"default"``.
         template_ids: BLAKE3 over the ids of the templates' own text: whether the marks in them are
@@ -131,13 +132,7 @@ def capture(view: ModelView) -> TokenizerRecord:
         return TokenizerRecord(
             kind=type(tokenizer).__name__,
             size=len(tokenizer),
-            vocabulary=json_digest(
-                sorted(
-                    [id_, token, _flags(added[id_]) if id_ in added else None]
-                    for token, id_ in tokenizer.get_vocab().items()
-                    if id_ not in behind
-                )
-            ),
+            vocabulary=_vocabulary(tokenizer, added, behind),
             added_tokens={
                 token.content: AddedToken(id=id_, **_flags(token))
                 for id_, token in sorted(behind.items())
@@ -146,6 +141,15 @@ def capture(view: ModelView) -> TokenizerRecord:
             canaries=_canaries(tokenizer),
             **_settings(view),
         )
+
+
+def _vocabulary(tokenizer: Any, added: Mapping[int, Any], behind: Mapping[int, Any]) -> str:
+    """The digest of the tokens that were not added behind the vocabulary."""
+    ids = dict(tokenizer.get_vocab())
+    for token in behind.values():
+        ids.pop(token.content, None)
+    flags = {id_: _flags(token) for id_, token in added.items() if id_ not in behind}
+    return json_digest([ids, flags])
 
 
 def _flags(token: Any) -> dict[str, bool]:
