@@ -30,6 +30,14 @@ def test_versions_and_devices_are_recorded():
     assert record.packages["transformers"] == transformers.__version__
     assert record.machine == platform.machine()
     assert record.devices == ("cpu",)
+    assert record.processor is not None
+    assert record.processor.endswith(torch.backends.cpu.get_cpu_capability())
+
+
+def test_processor_is_left_out_if_nothing_runs_there():
+    """Of a model on an accelerator, the processor decides no bit."""
+    model = torch.nn.Linear(1, 1, device="meta")
+    assert environment.capture(ModelView(model=model)).processor is None
 
 
 def test_packages_that_are_not_installed_are_left_out(monkeypatch):

@@ -297,10 +297,10 @@ def test_elsewhere_a_difference_of_rounding_is_none(model, elsewhere):
     [("fp32", torch.float32), ("bf16", torch.bfloat16), ("nf4", torch.bfloat16)],
 )
 def test_the_tolerance_follows_from_the_dtype(kind, dtype, load_base, with_lora):
-    """Ten units of the coarsest dtype and a hundred of float32, of the largest logit."""
+    """25 units of the coarsest dtype and a hundred of float32, of the largest logit."""
     record = predictions.capture(view(with_lora(load_base(kind))))
     largest = float(record.logits.load().abs().max())
-    relative = 10 * torch.finfo(dtype).eps + 100 * torch.finfo(torch.float32).eps
+    relative = 25 * torch.finfo(dtype).eps + 100 * torch.finfo(torch.float32).eps
     assert record.tolerance == pytest.approx(relative * largest)
 
 

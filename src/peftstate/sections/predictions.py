@@ -4,11 +4,12 @@ The saved model is run on the inputs, in eval mode and without autocast, and so 
 In the same environment the two must agree to the last bit. Elsewhere kernels round in another
 order, and the largest difference may be
 
-    (10 · eps(dtype) + 100 · eps(float32)) · the largest saved logit
+    (25 · eps(dtype) + 100 · eps(float32)) · the largest saved logit
 
 where the dtype is the coarsest that the model computes in. A Gemma 3 of 270M parameters differs
-between kernels of one processor by 6 eps in bfloat16, 4 eps in float16, and 26 eps in float32, in
-which sums are formed.
+between kernels of one processor by 2 to 18 eps in bfloat16, 4 in float16, and 26 in float32, in
+which sums are formed; quantized in another way it differs by 36 of bfloat16 and more. What is less
+than that is found by the other sections, which compare every tensor to the last bit.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from peftstate.sections._view import ModelView
 
-ROUNDINGS = 10
+ROUNDINGS = 25
 """Units in the last place of the coarsest dtype that another environment may make."""
 SUMS = 100
 """The same of float32, in which sums are formed."""
