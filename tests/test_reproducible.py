@@ -39,6 +39,12 @@ def sample(model: Any) -> list[int]:
     return [*ids.flatten().tolist(), random.random(), float(np.random.random())]
 
 
+@pytest.fixture(autouse=True)
+def _no_variable(monkeypatch):
+    """Start without a choice of cuBLAS workspaces, and leave none."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+
+
 @pytest.fixture
 def model(load_base, with_lora):
     """A model with mixed train flags."""

@@ -90,6 +90,18 @@ def test_a_precision_that_is_not_set_is_the_exact_one():
         assert _flags.read() == before
 
 
+def test_a_precision_that_follows_another_follows_it_again():
+    """What was taken from the setting of all back ends is not fixed by being put back."""
+    torch.backends.fp32_precision = "tf32"
+    try:
+        with _flags.set_to({"mkldnn.conv.fp32_precision": "ieee"}):
+            assert torch.backends.mkldnn.conv.fp32_precision == "ieee"
+        assert torch.backends.mkldnn.conv.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision = "none"
+    assert torch.backends.mkldnn.conv.fp32_precision == "none"
+
+
 def test_reading_neither_warns_nor_starts_a_device():
     """A process that reads all flags issues no warning, and holds no CUDA context."""
     code = (
