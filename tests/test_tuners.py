@@ -14,6 +14,8 @@ import attrs
 import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTuner
+from safetensors.torch import load, save
 
 import peftstate
 from peftstate.errors import SaveError
@@ -26,6 +28,7 @@ pytestmark = [
         "Failed to load the CUDA extension:UserWarning",  # BOFT
         "Setting boft_n_butterfly_factor:UserWarning",
         "Specified to not (save|load):UserWarning",  # VeRA and its like, without projections
+        "Bone will be removed:UserWarning",
         "Sparse invariant checks are implicitly disabled:UserWarning",  # FRoD
         "Unsupported layer type '<class 'transformers.models.llama:UserWarning",  # LN tuning
         # of transformers, when prefix tuning and Shadow run
@@ -35,6 +38,10 @@ pytestmark = [
 
 IDS = torch.arange(4, 16).reshape(2, 6)
 TASKS = torch.tensor([0, 1])
+
+TELLS_ADAPTERS_APART = hasattr(BaseTuner, "_get_adapter_state_dict")
+"""Whether PEFT knows which tensors are an adapter's by where they are, not by their names, in which
+older releases take one adapter for another."""
 
 UNTESTED = {
     "ADAMSS": "PEFT needs scikit-learn for it, which is no dependency of these tests",
@@ -80,6 +87,7 @@ CASES = {
     "ADAPTION_PROMPT": Case("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 1}),
     "BEFT": layers("BeftConfig"),
     "BOFT": layers("BOFTConfig", boft_block_size=4),
+    "BONE": layers("BoneConfig", r=4),  # which became MISS
     "C3A": layers("C3AConfig", block_size=8),
     "CARTRIDGE": prompt("CartridgeConfig", num_frozen_tokens=1),
     "CPT": Case(
@@ -403,26 +411,24 @@ def test_on_a_base_in_bf16(bases, tmp_path, name):
     assert torch.equal(run(loaded, case), logits)
 
 
-SEVERAL = (
-    "ADAPTION_PROMPT",  # of which only the active one is in the model
-    "CPT",
-    "FROD",
-    "LORA",
-    "PEANUT",
-    "PREFIX_TUNING",
-    "P_TUNING",
-    "SHADOW",
-    "SHIRA",
-    "TINYLORA",
-    "TRAINABLE_TOKENS",
-    "UNILORA",
-    "VBLORA",
-    "VERA",
-)
+SEVERAL = ["CPT", "LORA", "PREFIX_TUNING", "P_TUNING"]
 """Types with a bank that layers share, or with names for their tensors that are unlike LoRA's."""
+if TELLS_ADAPTERS_APART:
+    SEVERAL += [
+        "ADAPTION_PROMPT",  # of which only the active one is in the model
+        "FROD",
+        "PEANUT",
+        "SHADOW",
+        "SHIRA",
+        "TINYLORA",
+        "TRAINABLE_TOKENS",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+    ]
 
 
-@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("name", [name for name in SEVERAL if name in CASES])
 def test_several_adapters_of_a_type(bases, tmp_path, name):
     """Each of two is exact, the active one is active again, and each can be loaded alone."""
     case = CASES[name]
@@ -448,11 +454,23 @@ def test_several_adapters_of_a_type(bases, tmp_path, name):
     assert torch.equal(run(alone, case), first)
 
 
+def reads_empty_tensors() -> bool:
+    """Whether safetensors reads what it writes of the layers that AdaLoRA leaves no rank."""
+    try:
+        load(save({"lora_A": torch.empty(0, 64)}))
+    except ValueError:
+        return False
+    return True
+
+
 # PEFT, of a rank pattern that AdaLoRA itself made
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
-def test_adalora_after_it_cut_its_ranks(bases, tmp_path):
+@pytest.mark.parametrize("ranks", [3, 2] if reads_empty_tensors() else [3])
+def test_adalora_after_it_cut_its_ranks(bases, tmp_path, ranks):
     """PEFT saves the ranks that are left; here all come back, to be trained as before."""
-    case = layers("AdaLoraConfig", init_r=4, target_r=2, tinit=1, tfinal=2, deltaT=1, total_step=6)
+    case = layers(
+        "AdaLoraConfig", init_r=4, target_r=ranks, tinit=1, tfinal=2, deltaT=1, total_step=6
+    )
     model = peftstate.get_peft_model(bases(case), case.make())
     disturb(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -465,7 +483,9 @@ def test_adalora_after_it_cut_its_ranks(bases, tmp_path):
     logits = run(model, case)
     model.save_pretrained(tmp_path)
     loaded = peftstate.PeftModel.from_pretrained(bases(case), tmp_path)
-    assert any(not all(kept) for kept in loaded.peft_config["default"].rank_pattern.values())
+    pattern = loaded.peft_config["default"].rank_pattern.values()
+    assert any(not all(kept) for kept in pattern)
+    assert any(not any(kept) for kept in pattern) == (ranks == 2)  # a layer without any
     assert {name: tensor.shape for name, tensor in loaded.named_parameters()} == shapes
     assert torch.equal(run(loaded, case), logits)
     assert peftstate.verify(loaded, tmp_path).ok

@@ -9,8 +9,8 @@ import attrs
 
 from peftstate.sections import _bitsandbytes
 from peftstate.sections import _bitsandbytes_forms as forms
+from peftstate.sections._peft_layers import original
 from peftstate.sections._tensors import TensorRecord, in_threads, is_readable, tensor_record
-from peftstate.sections._walk import original
 
 if TYPE_CHECKING:
     import torch

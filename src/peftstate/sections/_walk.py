@@ -16,6 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import attrs
 
+from peftstate.sections._peft_layers import (
+    cached_layers,
+    is_adapted_attention,
+    original_key,
+    plain_tensors,
+    replicated_layers,
+)
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -93,19 +101,13 @@ def is_peft_model(model: nn.Module) -> bool:
 
 def base_of(model: Any) -> nn.Module:
     """The base model inside a PEFT model (or the model itself), not compiled."""
+    from peft.tuners.tuners_utils import BaseTuner
+
     base = model.get_base_model() if is_peft_model(model) else model
+    if isinstance(base, BaseTuner):  # what older releases of PEFT take for the base under Poly
+        base = base.model
     inner: nn.Module = getattr(base, "_orig_mod", base)
     return inner
-
-
-def original(module: nn.Module) -> nn.Module:
-    """The base model's module that layers of PEFT are around; or the module itself."""
-    while (name := _original_of(module)) is not None:
-        inner = module._modules[name]
-        if inner is None:
-            break
-        module = inner
-    return module
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
@@ -148,7 +150,7 @@ def _tensors_of(site: Site, adapters: frozenset[str]) -> Iterator[TensorSite]:
             merged=site.merged,
             adapted=site.adapted,
         )
-    for leaf, tensor in _plain_tensors(module, site.adapter):
+    for leaf, tensor in plain_tensors(module, site.adapter):
         yield TensorSite(
             part=site.part,
             adapter=site.adapter,
@@ -158,21 +160,6 @@ def _tensors_of(site: Site, adapters: frozenset[str]) -> Iterator[TensorSite]:
             tensor=tensor,
             persistent=False,
         )
-
-
-def _plain_tensors(module: nn.Module, adapter: str | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that a layer keeps in plain dictionaries, by the adapter's name.
-
-    So do the tuners that train a few entries of a matrix, with the indices of these, drawn from a
-    seed (`peft/tuners/fourierft/layer.py::FourierFTLayer.indices`).
-    """
-    from torch import Tensor
-
-    for leaf, value in vars(module).items():
-        if leaf in ("_parameters", "_buffers"):
-            continue
-        if type(value) is dict and isinstance(tensor := value.get(adapter), Tensor):
-            yield leaf, tensor
 
 
 def _join(name: str, child: str) -> str:
@@ -186,63 +173,6 @@ def is_container(module: nn.Module) -> bool:
     from torch import nn
 
     return isinstance(module, (nn.ModuleDict, nn.ParameterDict, BufferDict))
-
-
-def _original_of(module: nn.Module) -> str | None:
-    """The attribute under which a layer of PEFT holds the base model's module that it replaces."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
-
-    if isinstance(module, TrainableTokensWrapper):
-        return "token_adapter"  # in which, as in any layer, there is a `base_layer`
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        return "original_module"
-    if isinstance(module, BaseTunerLayer) and "base_layer" in module._modules:
-        return "base_layer"
-    if _is_adapted_attention(module):
-        return "model"
-    return None
-
-
-def _is_adapted_attention(module: nn.Module) -> bool:
-    """Whether a module is an attention layer with PEFT's adaption prompt around it."""
-    from peft.tuners.adaption_prompt.layer import AdaptedAttention, AdaptedAttentionGPT
-
-    return isinstance(module, (AdaptedAttention, AdaptedAttentionGPT))
-
-
-def replicated_layers(model: Any) -> list[int] | None:
-    """The layers that LoRA's `layer_replication` made the model's layers of, by their old numbers.
-
-    The new layers share the parameters of the old ones
-    (`peft/tuners/tuners_utils.py::replicate_layers`).
-    """
-    for config in getattr(model, "peft_config", {}).values():
-        if ranges := getattr(config, "layer_replication", None):
-            return [number for start, end in ranges for number in range(start, end)]
-    return None
-
-
-def _cached_layers(model: nn.Module) -> dict[int, list[tuple[str, str, nn.Module]]]:
-    """The layers of adaption prompts that are not in the model now.
-
-    Only those of one adapter are; the tuner keeps the others in a cache
-    (`peft/tuners/adaption_prompt/model.py::AdaptionPromptModel._cached_adapters`).
-
-    Returns:
-        For the module that such a layer goes to, by its identity: the adapter, the name of the
-        layer in that module, the layer.
-    """
-    from peft.tuners.adaption_prompt import AdaptionPromptModel
-
-    found: dict[int, list[tuple[str, str, nn.Module]]] = {}
-    tuner = getattr(model, "base_model", None)
-    if isinstance(tuner, AdaptionPromptModel):
-        for adapter, layers in tuner._cached_adapters.items():
-            key = tuner.peft_config[adapter].target_modules
-            for parent, layer in zip(tuner._parents[adapter], layers, strict=True):
-                found.setdefault(id(parent), []).append((adapter, key, layer))
-    return found
 
 
 @attrs.frozen
@@ -272,7 +202,7 @@ class _Walk:
         self._model = model
         self._base = base_of(model)
         self._adapters = tuple(getattr(model, "peft_config", ())) if is_peft_model(model) else ()
-        self._cached = _cached_layers(model)
+        self._cached = cached_layers(model)
         self._replicated = replicated_layers(model) if self._adapters else None
         self._seen: set[int] = set()
 
@@ -296,7 +226,7 @@ class _Walk:
         """The base model, looking through the layers that PEFT put in."""
         if not self._first_visit(module):
             return
-        original = _original_of(module)
+        original = original_key(module)
         if original is not None:
             yield from self._walk_layer(module, name, live, original, over)
             return
@@ -335,7 +265,7 @@ class _Walk:
 
     def _owners(self, module: nn.Module) -> tuple[str, ...]:
         """The adapters of a layer that holds nothing by the names of adapters."""
-        if self._adapters and _is_adapted_attention(module):
+        if self._adapters and is_adapted_attention(module):
             return tuple(self._model.active_adapters)
         return self._adapters
 

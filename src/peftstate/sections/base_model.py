@@ -20,8 +20,9 @@ from peftstate.errors import BaseModelMismatchError, StateMismatchWarning
 from peftstate.sections import _origin
 from peftstate.sections._base import Section
 from peftstate.sections._base_tensors import BaseTensor, base_tensors, embedding_weight, records
+from peftstate.sections._peft_layers import replicated_layers
 from peftstate.sections._tensors import TensorRecord, in_threads, is_readable, tensor_record
-from peftstate.sections._walk import is_peft_model, replicated_layers
+from peftstate.sections._walk import is_peft_model
 
 if TYPE_CHECKING:
     import torch
