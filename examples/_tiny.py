@@ -40,7 +40,10 @@ def tiny_checkpoint(directory: Path) -> str:
         show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
+    names = ["input_ids", "attention_mask"]  # transformers 4 would add token types
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_input_names=names, **special
+    ).save_pretrained(directory)
 
     set_seed(0)
     # bitsandbytes quantizes in blocks of 64 and repacks rows in groups of 32.

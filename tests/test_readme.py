@@ -28,7 +28,7 @@ def blocks(load_base, tmp_path, monkeypatch):
         "lora_config": peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False),
     }
 
-    def run(text: str) -> dict[str, object]:
+    def run(text):
         (block,) = [
             code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if text in code
         ]

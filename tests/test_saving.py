@@ -113,7 +113,7 @@ def test_an_adapter_in_pieces_is_refused(load_base, with_lora, tmp_path):
         name: torch.empty(0) if "lora_" in name else tensor
         for name, tensor in model.state_dict().items()
     }
-    with pytest.raises(errors.SaveError, match="is empty: DeepSpeed ZeRO-3"):
+    with pytest.raises(errors.SaveError, match=r"is empty: DeepSpeed ZeRO-3|buffer length \(0\)"):
         model.save_pretrained(tmp_path, state_dict=state)
 
 

@@ -37,7 +37,8 @@ def test_usual_dtype_and_exceptions_are_recorded(load_base, with_lora):
     """The base model in bf16, rotary frequencies and an autocast adapter in fp32."""
     record = capture(with_lora(load_base("bf16")))
     assert record.base.default == "bfloat16"
-    assert set(record.base.exceptions) == {FREQUENCIES, "model.rotary_emb.original_inv_freq"}
+    # transformers 5 keeps the original frequencies in a buffer of their own
+    assert set(record.base.exceptions) - {"model.rotary_emb.original_inv_freq"} == {FREQUENCIES}
     assert record.adapters == {"default": Table(default="float32", exceptions={})}
 
 
@@ -78,7 +79,7 @@ def test_kbit_preparation_is_restored_on_a_bare_base(kind, load_base):
     dtype.prepare(record, ModelView(model=base))
     assert differences(record, base) == []
     assert base.model.norm.weight.dtype == torch.float32
-    assert not base.is_activation_checkpointing
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
     pairs = zip(prepared.parameters(), base.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
 
@@ -168,6 +169,7 @@ def test_one_adapter_can_be_restored_alone(load_base, with_lora):
     """A load into a live model touches neither the base model nor the other adapters."""
     model: Any = with_lora(load_base("bf16"))
     model.add_adapter("second", peft.LoraConfig(target_modules=["q_proj"], r=2))
+    model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["second"].float()
     record = capture(model)
     model.bfloat16()
     dtype.restore_adapters(

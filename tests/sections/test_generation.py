@@ -154,7 +154,7 @@ def test_fields_that_are_unset_are_not_recorded(load_base):
     record = capture(load_base("bf16"))
     assert record.config is not None
     assert record.config["eos_token_id"] == 2
-    assert "top_k" not in record.config
+    assert "max_new_tokens" not in record.config
     assert "transformers_version" not in record.config
 
 

@@ -135,10 +135,8 @@ def _not_loaded(view: ModelView, found: Mapping[str, BaseTensor]) -> set[str]:
     """
     sites = {name: base.site for name, base in found.items() if base.site is not None}
     loaded = {name for name, site in sites.items() if _is_marked(site.tensor)}
-    if not loaded:
-        return set()
     is_parameter = {name: site.leaf in site.module._parameters for name, site in sites.items()}
-    fresh = {name for name in sites if is_parameter[name] and name not in loaded}
+    fresh = {name for name in sites if loaded and is_parameter[name] and name not in loaded}
     return fresh | {name for name, site in sites.items() if _is_resized(view, site.tensor)}
 
 

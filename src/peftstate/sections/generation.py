@@ -82,6 +82,11 @@ def _jsonable(value: Any) -> Json:
     return value.to_dict() if hasattr(value, "to_dict") else str(value)
 
 
+_ORIGINAL = "_original_object_hash"
+"""By which transformers sees that a config, taken from the model's, was edited since
+(`transformers/generation/utils.py::GenerationMixin._prepare_generation_config`)."""
+
+
 def restore(record: GenerationRecord, view: ModelView) -> None:
     """Give the base model a generation config with the saved fields."""
     live = _config_of(view)
@@ -108,6 +113,9 @@ def _config(saved: Mapping[str, Json], live: GenerationConfig) -> GenerationConf
         if key == "watermarking_config" and isinstance(value, Mapping):
             value = _watermarking(value)
         setattr(config, key, copy.deepcopy(value))
+    original = getattr(live, _ORIGINAL, None)
+    if original is not None:
+        setattr(config, _ORIGINAL, original)
     return config
 
 
