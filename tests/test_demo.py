@@ -35,13 +35,16 @@ def test_plain_peft_does_not(comparisons):
 
     assert found.logit_difference > 0.0
     assert not found.same_text
-    assert {name for name, kept in found.kept.items() if kept} == {"quantization", "compute_dtype"}
+    kept = {name for name, kept in found.kept.items() if kept}
+    # the oldest TRL trains the adapter in fp32, which is what PEFT loads it in
+    assert kept - {"adapter_dtype"} == {"quantization", "compute_dtype"}
 
 
 def test_plain_auto_model_loses_the_quantization(comparisons):
-    """The one-line reload of plain PEFT is further off, and keeps nothing."""
+    """The one-line reload of plain PEFT is further off, and keeps next to nothing."""
     assert comparisons[1].logit_difference > comparisons[0].logit_difference
-    assert not any(comparisons[1].kept.values())
+    kept = {name for name, kept in comparisons[1].kept.items() if kept}
+    assert kept <= {"adapter_dtype"}  # see above
 
 
 def test_exit_code_is_0_for_exact_reloads(comparisons):
