@@ -241,7 +241,7 @@ def test_b5_another_revision_of_the_base(load_base, with_lora, reload):
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
 def test_b6_initialisations_that_rewrite_the_base(load_base, with_lora, reload, equal, init):
-    """The reload is exact under another seed, without the decomposition being done again."""
+    """The reload is exact under another seed."""
     model = with_lora(load_base(), init_lora_weights=init)
     assert equal(reload(model), model)
 

@@ -18,7 +18,15 @@ from peftstate._report import Report
 from peftstate._reproducible import keep_process
 from peftstate._saving import capture_sections
 from peftstate._source import Source, read_source
-from peftstate._steps import LOCK, Plan, check_base, compare, prepare_base, restore_sections
+from peftstate._steps import (
+    LOCK,
+    Plan,
+    check_base,
+    compare,
+    compare_restored,
+    prepare_base,
+    restore_sections,
+)
 from peftstate.manifest import Manifest
 from peftstate.sections._view import ModelView
 from peftstate.sections.predictions import inputs_of
@@ -102,9 +110,7 @@ def restore(
             prepare_base(view, manifest, plan)
             set_tensors(view, saved.adapters, manifest, plan)
             restore_sections(view, manifest, plan)
-            report = compare(view, manifest, plan, lambda section: section.capture_restored)
-            plan.policy.apply(report)
-            return report
+            return compare_restored(view, manifest, plan)
 
         with put_back_on_failure(view):
             report = undone_on_failure(model, steps, keep_rng=False)

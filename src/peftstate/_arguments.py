@@ -47,6 +47,11 @@ _OF_TRAINING = frozenset({"training", "rng"})
 """Sections that a load for inference leaves alone."""
 
 
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments among PEFT's further ones that say how to find a folder on the Hub."""
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+
+
 def folder_with_manifest(
     model_id: str | os.PathLike[str], hub: Mapping[str, Any], *, require_manifest: bool
 ) -> AdapterFolder | None:

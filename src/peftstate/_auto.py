@@ -11,7 +11,7 @@ import peft
 from peft import PeftConfig
 
 from peftstate import _models
-from peftstate._arguments import HUB_ARGUMENTS
+from peftstate._arguments import hub_arguments
 from peftstate._files import consistently, manifest_of, read_manifest
 from peftstate._folder import open_folder
 from peftstate._policy import OnMismatch
@@ -40,10 +40,14 @@ def base_model_kwargs(source: Manifest | str | os.PathLike[str], **hub: Any) -> 
             caller must pass ``quantization_config`` himself.
     """
     manifest = source if isinstance(source, Manifest) else read_manifest(source, **hub)
-    sections = manifest.sections
-    kwargs = quantization.quantization_kwargs(sections["quantization"])
-    kwargs |= _implementation_kwargs(sections["implementation"])
-    base = sections["base_model"]
+    quantized = quantization.quantization_kwargs(manifest.sections["quantization"])
+    return quantized | _kwargs_but_quantization(manifest)
+
+
+def _kwargs_but_quantization(manifest: Manifest) -> dict[str, Any]:
+    """Dtype, implementation and revision of the base model, as far as they were recorded."""
+    kwargs = _implementation_kwargs(manifest.sections["implementation"])
+    base = manifest.sections["base_model"]
     if base.load_dtype is not None:
         kwargs["dtype"] = dtype_named(base.load_dtype)
     revision = base.commit or base.revision
@@ -172,15 +176,12 @@ class _Auto:
 
 def _recorded(path: str, revision: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says of the base model; nothing if there is none."""
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-    folder = open_folder(path, revision=revision, **hub)
+    folder = open_folder(path, revision=revision, **hub_arguments(kwargs))
     if not folder.exists(MANIFEST_NAME):
         return {}
     manifest = consistently(folder, lambda: manifest_of(folder))
-    if "quantization_config" in kwargs and manifest.sections["quantization"].method is not None:
-        record = attrs.evolve(manifest.sections["quantization"], method=None)
-        manifest = attrs.evolve(manifest, sections={**manifest.sections, "quantization": record})
-    return base_model_kwargs(manifest)
+    passed = "quantization_config" in kwargs  # then it need not be one that can be rebuilt
+    return _kwargs_but_quantization(manifest) if passed else base_model_kwargs(manifest)
 
 
 class AutoPeftModel(_Auto, peft.AutoPeftModel):

@@ -18,10 +18,10 @@ import torch
 from peft import PeftConfig, PeftMixedModel
 
 from peftstate._arguments import (
-    HUB_ARGUMENTS,
     NOT_AN_ADAPTERS,
     check_tokenizer,
     folder_with_manifest,
+    hub_arguments,
     is_trainable_in_peft,
     live_names,
     plan_of,
@@ -182,7 +182,7 @@ class PeftModel(peft.PeftModel):
             StateMismatchError: The model differs from the saved one in what cannot be restored.
             RestoreError: Some state cannot be set.
         """
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        hub = hub_arguments(kwargs)
         policy = Policy.of(on_mismatch)
         check_tokenizer(tokenizer)
 
@@ -272,7 +272,7 @@ class PeftModel(peft.PeftModel):
             IntegrityError: A file is not the one that was saved.
             StateMismatchError: The base model is not the one that the adapter was saved with.
         """
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        hub = hub_arguments(kwargs)
         policy = Policy.of(on_mismatch)
 
         def peft_load(live: Any, path: str | Path, name: str) -> Any:

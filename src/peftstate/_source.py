@@ -160,14 +160,13 @@ def _read_config(
     folder: AdapterFolder, prefix: str, record: adapters.AdapterRecord
 ) -> dict[str, Json]:
     """Read a PEFT config, and compare it with the record."""
-    data = read_file(folder, prefix + ADAPTER_CONFIG_NAME, None)
+    name = prefix + ADAPTER_CONFIG_NAME
+    data, path = read_file(folder, name, None), str(folder.path / name)
     try:
         config = loads(data)
     except DecodeError as error:
-        path = str(folder.path / (prefix + ADAPTER_CONFIG_NAME))
         raise IntegrityError(path, "a PEFT config", f"something else ({error})") from None
     if not isinstance(config, dict):
-        path = str(folder.path / (prefix + ADAPTER_CONFIG_NAME))
         raise IntegrityError(path, "a PEFT config", "JSON that is not an object")
     found = adapters.canonical_fields(config)
     mismatches = diff("adapters", {"config": dict(record.config)}, {"config": found})

@@ -110,14 +110,18 @@ def _restoring(section: Section[Any]) -> Iterator[None]:
         raise RestoreError(section.name, message) from error
 
 
-def compare_restored(view: ModelView, manifest: Manifest, plan: Plan) -> None:
+def compare_restored(view: ModelView, manifest: Manifest, plan: Plan) -> Report:
     """Compare what was restored with what was saved.
+
+    Returns:
+        What differs, which the policy has made a warning or nothing.
 
     Raises:
         StateMismatchError: Something is not as it was saved.
     """
     report = compare(view, manifest, plan, lambda section: section.capture_restored)
     plan.policy.apply(report)
+    return report
 
 
 def compare(

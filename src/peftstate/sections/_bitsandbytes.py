@@ -136,20 +136,15 @@ def set_compute_dtype(module: nn.Module, state: LayerState) -> None:
         layer.compute_type_is_set = state.compute_dtype_is_set
 
 
-def canonical_tensors(
-    module: nn.Module, *, form: str | None = None, cycles: int = 1
-) -> dict[str, torch.Tensor] | None:
+def canonical_tensors(module: nn.Module) -> dict[str, torch.Tensor] | None:
     """The quantized weight of a layer, in tensors that running the layer does not change.
 
     A 4-bit layer gives its nibbles in their original order, the scales un-nested and rounded to
     bfloat16, and the shape; they are the same fresh and packed. An unpacked layer has other
-    scales, so what is compared with one must be looked at in that form. An 8-bit layer gives its
-    weight and its scales.
+    scales. An 8-bit layer gives its weight and its scales.
 
     Args:
         module: Any module.
-        form: The form to look at it in, if that can be worked out; by default its own.
-        cycles: How often a layer of that form was packed.
 
     Returns:
         The tensors by name; `None` if the module is no layer of bitsandbytes, or one that keeps
@@ -170,9 +165,6 @@ def canonical_tensors(
     if not is_readable(layer.weight):
         return {}
     weight = forms.weight_of(module)
-    changes_scales = form == forms.UNPACKED or (form == forms.PACKED and cycles > 1)
-    if form is not None and changes_scales and forms.can_compute(module, form):
-        weight = forms.in_form(module, form, cycles=cycles)
     canonical = {"": forms.original_order(weight)} | _canonical_scales(weight.state)
     return {f"weight.{key}".removesuffix("."): tensor for key, tensor in canonical.items()}
 

@@ -76,13 +76,17 @@ def of_loaded(view: ModelView, record: _BaseRecord) -> Origin:
     return Origin({name: tensor for name, tensor in tensors.items() if name not in put_back})
 
 
-def changed(view: ModelView) -> frozenset[str]:
+def changed(view: ModelView, tensors: Mapping[str, BaseTensor]) -> frozenset[str]:
     """The names of the base model's tensors that are not as the checkpoint gave them.
 
     What digests cannot tell (of a model that was never observed, or if they do not cover every
     byte) is told by what is trainable now.
+
+    Args:
+        view: The model.
+        tensors: What `base_tensors` gives of it; to make it takes the unpacking of 4-bit weights.
     """
-    found = {name: base for name, base in base_tensors(view).items() if not base.shadowed}
+    found = {name: base for name, base in tensors.items() if not base.shadowed}
     origin: Origin | None = getattr(view.model, _ATTRIBUTE, None)
     by_digest = origin is not None and view.fingerprint == "full"
     known = (origin or observe(view)).tensors
@@ -104,11 +108,17 @@ def originals(view: ModelView, names: Collection[str]) -> dict[str, TensorRecord
     return {name: known.get(name) for name in names if _is_adapted(found[name])}
 
 
-def lost(view: ModelView) -> list[str]:
-    """The names of the tensors that no file has and that no load would bring about."""
-    found = base_tensors(view)
-    rewritten = _rewritten(view, found)  # merging into these starts from other weights
-    return sorted(name for name in changed(view) if not found[name].replayed or name in rewritten)
+def lost(view: ModelView, tensors: Mapping[str, BaseTensor]) -> list[str]:
+    """The names of the tensors that no file has and that no load would bring about.
+
+    Args:
+        view: The model.
+        tensors: What `base_tensors` gives of it.
+    """
+    rewritten = _rewritten(view, tensors)  # merging into these starts from other weights
+    return sorted(
+        name for name in changed(view, tensors) if not tensors[name].replayed or name in rewritten
+    )
 
 
 def _is_trainable(base: BaseTensor) -> bool:

@@ -127,7 +127,7 @@ def capture(view: ModelView) -> BaseModelRecord:
         view,
         fingerprint=view.fingerprint,
         tensors=records(view, tensors),
-        changed=_origin.changed(view),
+        changed=_origin.changed(view, tensors),
         shadowed={name for name, base in tensors.items() if base.shadowed},
     )
 

@@ -54,7 +54,7 @@ def capture(view: ModelView) -> ExtraTensorsRecord:
             this process.
     """
     found = base_tensors(view)
-    wanted = _origin.lost(view)
+    wanted = _origin.lost(view, found)
     for name in wanted:
         if found[name].site is None or not is_readable(found[name].tensor):
             raise ValueError(

@@ -7,7 +7,6 @@ compute dtype may be set by hand. For other methods it is the quantization confi
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +15,7 @@ import attrs
 
 from peftstate._diff import Json
 from peftstate._digest import seal_digest
+from peftstate._warn import warn
 from peftstate.errors import QuantizationMismatchError, StateMismatchWarning
 from peftstate.sections import _bitsandbytes, _quantization_config
 from peftstate.sections import _bitsandbytes_forms as forms
@@ -162,11 +162,10 @@ def finish(record: QuantizationRecord, view: ModelView) -> None:
         if (state := record.state[name]) is not None and state.form != forms.FRESH
     ]
     if not all(forms.can_hold(module, form) for module, form in wanted):
-        warnings.warn(
+        warn(
             "The 4-bit layers of the base model were saved as a CPU with AVX512-BF16 repacks them "
             "when it runs them; here they cannot be repacked, so outputs may differ slightly.",
             StateMismatchWarning,
-            stacklevel=2,
         )
     _restore_forms(record, wanted)
 
