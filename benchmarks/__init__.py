@@ -1,0 +1,1 @@
+"""Measurements of peftstate against plain PEFT, run as ``python -m benchmarks.<name>``."""
