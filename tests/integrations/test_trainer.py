@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
+import shutil
+import types
 
 import datasets
 import peft
@@ -13,6 +16,7 @@ from peft import LoraConfig
 
 import peftstate
 from peftstate import PeftStateCallback
+from peftstate.integrations.trainer import push_manifests
 from tests._tokenizers import TEMPLATE, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::peftstate.errors.TrainModeWarning")
@@ -122,3 +126,71 @@ def test_saves_of_a_trainer_record_its_tokenizer(load_base, tmp_path):
     assert given.padding_side == "right"
     assert given.chat_template == TEMPLATE
     assert peftstate.verify(loaded, tmp_path / "final", tokenizer=written).ok
+
+
+@pytest.fixture
+def pushed(monkeypatch, tmp_path):
+    """Runs a trainer that pushes each checkpoint; gives what the folder held at each upload."""
+    uploads = []
+
+    done = concurrent.futures.Future()
+    done.set_result(None)
+
+    def upload_folder(**keywords):
+        folder = tmp_path / f"upload-{len(uploads)}"
+        shutil.copytree(keywords["folder_path"], folder)
+        uploads.append(folder)
+        return done
+
+    def run(model, callbacks=()):
+        args = arguments(tmp_path / "run", hub_strategy="every_save", hub_always_push=True)
+        trainer = transformers.Trainer(
+            model=model, args=args, train_dataset=DATA, callbacks=list(callbacks)
+        )
+        args.push_to_hub = True  # without the network that making the repo takes
+        trainer.hub_model_id, trainer.push_in_progress = "user/adapter", None
+        module = transformers.trainer
+        if hasattr(module, "hf_api"):
+            api = types.SimpleNamespace(upload_folder=upload_folder)
+            monkeypatch.setattr(module, "hf_api", lambda: api)
+        else:
+            monkeypatch.setattr(module, "upload_folder", upload_folder)
+        monkeypatch.setattr(trainer, "_finish_current_push", lambda: None)
+        trainer.train()
+        return trainer, uploads
+
+    yield run
+    method = transformers.Trainer._push_from_checkpoint
+    transformers.Trainer._push_from_checkpoint = getattr(method, "__wrapped__", method)
+
+
+def test_the_trainers_own_push_carries_the_state(load_base, pushed):
+    """What is uploaded in the middle of a training is complete, extra adapters included."""
+    model = peft.get_peft_model(load_base("bf16"), LoraConfig(task_type="CAUSAL_LM"))
+    model.add_adapter("ref", LoraConfig(task_type="CAUSAL_LM"))
+    trainer, uploads = pushed(model, [PeftStateCallback()])
+    assert len(uploads) == 2
+    for folder in uploads:
+        assert peftstate.verify_files(folder).ok
+        assert peftstate.verify_files(folder / "ref").ok
+    loaded = peftstate.PeftModel.from_pretrained(load_base("bf16"), uploads[-1])
+    assert sorted(loaded.peft_config) == ["default", "ref"]
+    assert peftstate.verify(trainer.model, uploads[-1]).of("adapters", "base_model", "dtype").ok
+
+
+def test_pushes_behind_install_carry_the_state(load_base, pushed):
+    """So it is for scripts that nobody edits."""
+    with peftstate.installed():
+        model = peft.get_peft_model(load_base("bf16"), LoraConfig(task_type="CAUSAL_LM"))
+        _, uploads = pushed(model)
+    assert all(peftstate.verify_files(folder).ok for folder in uploads)
+    assert len(uploads) == 2
+
+
+def test_pushes_without_a_manifest_are_left_alone(load_base, pushed):
+    """A plain model that is pushed in the same process is pushed as ever."""
+    push_manifests()
+    model = peft.get_peft_model(load_base("bf16"), LoraConfig(task_type="CAUSAL_LM"))
+    _, uploads = pushed(model)
+    assert [(folder / "adapter_config.json").exists() for folder in uploads] == [True, True]
+    assert not any((folder / "peftstate.json").exists() for folder in uploads)
