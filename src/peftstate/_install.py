@@ -25,7 +25,7 @@ from peftstate._policy import OnMismatch, Policy
 from peftstate._storage import MANIFEST_NAME
 from peftstate._warn import warn
 from peftstate.errors import UnverifiedWarning
-from peftstate.integrations.trainer import with_state
+from peftstate.integrations.trainer import with_state, with_tokenizer
 from peftstate.sections import _origin
 from peftstate.sections._view import ModelView
 
@@ -277,6 +277,7 @@ _PATCHES = (
     _Patch(peft.PeftModel, "load_adapter", _load_adapter),
     _Patch(peft.auto._BaseAutoPeftModel, "from_pretrained", _auto_from_pretrained),
     _Patch(PeftAdapterMixin, "load_adapter", _load_into_transformers),
+    _Patch(Trainer, "__init__", with_tokenizer),
     _Patch(Trainer, "_push_from_checkpoint", with_state),
 )
 """All that `install` wraps."""

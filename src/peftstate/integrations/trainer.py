@@ -13,7 +13,7 @@ import peft
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peftstate._files import read_manifest
-from peftstate._models import attach
+from peftstate._models import PeftModel, attach
 from peftstate._storage import ADAPTER_CONFIG_NAME, MANIFEST_NAME
 
 logger = logging.getLogger("peftstate")
@@ -47,6 +47,18 @@ class PeftStateCallback(TrainerCallback):
                 "its saves carry no manifest.",
                 type(model).__name__,
             )
+
+
+def with_tokenizer(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `Trainer.__init__` so that what the trainer saves records its tokenizer."""
+
+    @functools.wraps(original)
+    def __init__(self: Trainer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        original(self, *args, **kwargs)
+        if isinstance(self.model, PeftModel):
+            attach(self.model, tokenizer=self.processing_class)
+
+    return __init__
 
 
 def push_manifests() -> None:

@@ -1,0 +1,1 @@
+"""The command line, ``peftstate`` or ``python -m peftstate``: one file a command."""
