@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from peftstate.cli import run
+from peftstate.cli import diff, run, schema, show, verify
 
 app = typer.Typer(
     name="peftstate",
@@ -13,14 +13,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a script's traceback is the script's
     add_completion=False,
 )
-
-
-@app.callback()
-def _program() -> None:
-    """Have the program's one command be called by its name, too."""
-
-
-app.command("run", cls=run.RunCommand, options_metavar=run.USAGE)(run.run)
+app.command()(show.show)
+app.command()(verify.verify)
+app.command()(diff.diff)
+app.command(cls=run.RunCommand, options_metavar=run.USAGE)(run.run)
+app.command()(schema.schema)
 
 
 def main() -> None:
