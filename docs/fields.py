@@ -59,7 +59,8 @@ def _type(schema: Mapping[str, Any]) -> str:
     kind: str = schema.get("type", "any value")
     inner = schema.get("items", schema.get("additionalProperties"))
     if isinstance(inner, Mapping):
-        return f"{kind} of {_plural(_type(inner))}"
+        several = f"({_type(inner)})" if "anyOf" in inner else _plural(_type(inner))
+        return f"{kind} of {several}"
     return _TYPES.get(kind, kind)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import tracemalloc
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,10 @@ from hypothesis import strategies as st
 
 from peftstate._codec import (
     MAX_DEPTH,
+    MAX_DIGITS,
+    MAX_KEY,
+    MAX_TEXT,
+    MAX_VALUES,
     NOT_JSON,
     DecodeError,
     canonical,
@@ -250,11 +256,64 @@ def test_loads_strict(data: bytes, message: str) -> None:
     assert caught.value.field == ""
 
 
-def test_loads_huge_integer() -> None:
-    """An integer that takes long to parse is refused before it is parsed."""
-    assert loads(b"9" * 4000) == int("9" * 4000)
-    with pytest.raises(DecodeError, match=r"^not UTF-8 JSON: .*4300 digits"):
-        loads(b"9" * 1_000_000)
+def test_loads_huge_integer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An integer that takes long to parse is refused before it is parsed, whatever Python allows.
+
+    The time grows with the square of the digits: for a million of them it takes seconds.
+    """
+    longest = int("9" * MAX_DIGITS)
+    assert loads(b"9" * MAX_DIGITS) == longest
+    allowed = sys.get_int_max_str_digits()
+    try:
+        sys.set_int_max_str_digits(0)
+        with pytest.raises(DecodeError, match=r"^an integer of more than 4000 digits$"):
+            loads(b"9" * 1_000_000)
+    finally:
+        sys.set_int_max_str_digits(allowed)
+
+
+def test_loads_many_values() -> None:
+    """Values are counted before they take memory; all that are allowed can be read."""
+    assert loads(b"[" + b"0," * 1000 + b"0]") == [0] * 1001
+    for value in (b"0,", b"[],", b"{},", b'"",', b"[[]],"):
+        data = b"[" + value * (MAX_VALUES // 2 + 1) + b"0"
+        data += b",0" * MAX_VALUES + b"]"
+        tracemalloc.start()
+        with pytest.raises(DecodeError) as caught:
+            loads(data)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+        tracemalloc.stop()
+        assert str(caught.value) == f"more than {MAX_VALUES} values"
+
+
+def test_loads_long_texts() -> None:
+    """Keys and strings have a longest length, up to which they are read."""
+    assert loads(dumps({"k" * MAX_KEY: "s" * MAX_TEXT})) == {"k" * MAX_KEY: "s" * MAX_TEXT}
+    start = "x" * 80
+    with pytest.raises(DecodeError) as caught:
+        loads(dumps({"x" * (MAX_KEY + 1): 0}))
+    assert str(caught.value) == f"'{start}…' is longer than {MAX_KEY} characters"
+    with pytest.raises(DecodeError) as caught:
+        loads(dumps(["x" * (MAX_TEXT + 1)]))
+    assert str(caught.value) == f"'{start}…' is longer than {MAX_TEXT} characters"
+
+
+def test_loads_duplicate_among_many() -> None:
+    """A key that stands twice among very many is found in a time that grows with their number."""
+    keys = "".join(f'"{number}":0,' for number in range(300_000))
+    with pytest.raises(DecodeError, match=r"^key '299999' stands twice$"):
+        loads(f'{{{keys}"299999":0}}'.encode())  # by comparing each with each, half an hour
+
+
+def test_decode_stops_at_first_error() -> None:
+    """Of very many values that do not fit, one error is kept and not one for each."""
+    value = {**VALUE, "by_name": dict.fromkeys(map(str, range(100_000)), "1")}
+    tracemalloc.start()
+    with pytest.raises(DecodeError) as caught:
+        decode(value, Outer)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+    assert caught.value.field == "by_name[0]"
 
 
 @pytest.mark.parametrize(

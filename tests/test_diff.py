@@ -213,3 +213,22 @@ def test_one_leaf(data: st.DataObject) -> None:
     for key in keys:
         path = join(path, step(key))
     assert diff("s", saved, found) == (Mismatch("s", path, old, parent[keys[-1]]),)
+
+
+def test_steps_of_a_hostile_path() -> None:
+    """A path of a million brackets is taken apart in one go."""
+    assert steps("[" * 1_000_000) == ["[" * 999_999]
+
+
+def test_many_names() -> None:
+    """Lists of very many names are compared by what is in them, not each with each."""
+    names = [str(number) for number in range(100_000)]
+    mismatches = diff("training", names, names[:1])
+    assert len(mismatches) == 99_999
+    assert mismatches[0] == Mismatch("training", "[1]", PRESENT, ABSENT)
+
+
+def test_message_is_printable() -> None:
+    """A key cannot clear the screen of who reads the message, or start a line of its own."""
+    mismatch = Mismatch("rng", join("", step("a\x1b[2J\nok")), 1, 2)
+    assert str(mismatch) == r"rng[a\x1b[2J\nok]: saved 1, found 2"

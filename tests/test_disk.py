@@ -13,8 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from peftstate._disk import alone, read_file, set_mode, sync_folder, tree, usual_mode
-from peftstate.errors import IntegrityError
+from benchmarks._faults.edits import permissions_obeyed
+from peftstate._disk import (
+    alone,
+    is_there,
+    read_file,
+    set_mode,
+    sync_folder,
+    tree,
+    usual_mode,
+)
+from peftstate.errors import IntegrityError, UnreadableFileError
 
 
 def test_read_file(tmp_path: Path) -> None:
@@ -27,11 +36,60 @@ def test_read_file(tmp_path: Path) -> None:
 
 
 def test_read_missing_file(tmp_path: Path) -> None:
-    """A missing file, and a link to one, are missing."""
-    (tmp_path / "link").symlink_to("missing")
-    for name in ("missing", "link"):
+    """A file is missing if nothing is there, also where a file stands in its folder's place."""
+    (tmp_path / "file").touch()
+    for name in ("missing", "file/missing"):
         with pytest.raises(FileNotFoundError):
             read_file(tmp_path / name, inside=[tmp_path])
+        assert not is_there(tmp_path / name)
+    assert is_there(tmp_path / "file")
+
+
+def test_read_link_to_nothing(tmp_path: Path) -> None:
+    """A link to a missing file is not nothing: what was there has been replaced."""
+    (tmp_path / "link").symlink_to("missing")
+    with pytest.raises(IntegrityError, match="found a link to nothing") as caught:
+        read_file(tmp_path / "link", inside=[tmp_path])
+    assert caught.value.file == str(tmp_path / "link")
+    assert is_there(tmp_path / "link")
+
+
+def test_read_file_of_a_size(tmp_path: Path) -> None:
+    """A file of another size than the one that was saved is refused before it is read."""
+    (tmp_path / "file").write_bytes(b"1234")
+    assert read_file(tmp_path / "file", inside=[tmp_path], size=4) == b"1234"
+    with pytest.raises(IntegrityError, match="saved 5 bytes, found 4 bytes"):
+        read_file(tmp_path / "file", inside=[tmp_path], size=5)
+
+
+@pytest.mark.parametrize("closed", ["file", "folder/file"])
+def test_read_closed_file(tmp_path: Path, closed: str) -> None:
+    """A file that this process may not read is there, and the error says why it is not read."""
+    path = tmp_path / closed
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    first = tmp_path / closed.partition("/")[0]
+    first.chmod(0)
+    with permissions_obeyed():
+        assert is_there(path)
+        with pytest.raises(UnreadableFileError, match="Permission denied") as caught:
+            read_file(path, inside=[tmp_path])
+    first.chmod(0o700)
+    assert caught.value.file == str(path)
+    assert isinstance(caught.value.__cause__, PermissionError)
+
+
+def test_read_broken_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a disk fails to give is told as what could not be read."""
+    (tmp_path / "file").touch()
+
+    def fail(descriptor: int) -> os.stat_result:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", fail)
+        with pytest.raises(UnreadableFileError, match="Input/output error"):
+            read_file(tmp_path / "file", inside=[tmp_path])
 
 
 def test_read_link(tmp_path: Path) -> None:

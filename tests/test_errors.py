@@ -63,6 +63,23 @@ CASES: list[tuple[errors.PeftStateError, str, dict[str, Any]]] = [
         {"file": "a/w.bin", "expected": "3 bytes", "actual": "4 bytes"},
     ),
     (
+        errors.UnreadableFileError("a/w.bin", "Permission denied"),
+        (
+            "a/w.bin: saved a file, found one that cannot be read (Permission denied). "
+            "Let this process read it, or restore it from a copy."
+        ),
+        {
+            "file": "a/w.bin",
+            "expected": "a file",
+            "actual": "one that cannot be read (Permission denied)",
+        },
+    ),
+    (
+        errors.SignatureError("a/model.sig", "there is no signature."),
+        "a/model.sig: there is no signature.",
+        {"path": "a/model.sig", "reason": "there is no signature."},
+    ),
+    (
         errors.SaveError("The disk is full."),
         "The disk is full. No old file was replaced.",
         {"rescued": None},
@@ -76,6 +93,11 @@ CASES: list[tuple[errors.PeftStateError, str, dict[str, Any]]] = [
         errors.RestoreError("rng", "the state does not fit"),
         "rng: the state does not fit",
         {"section": "rng"},
+    ),
+    (
+        errors.AdapterLoadError("adapters", "PEFT does not take its config"),
+        "adapters: PEFT does not take its config",
+        {"section": "adapters"},
     ),
     (errors.StateMismatchError(REPORT), DIFFERING + RESTORE.rstrip(), {}),
     (
@@ -236,7 +258,13 @@ def test_tree() -> None:
         assert issubclass(cls, errors.ManifestError)
     assert issubclass(errors.ManifestNotFoundError, FileNotFoundError)
     assert issubclass(errors.ManifestDecodeError, ValueError)
-    for other in (errors.IntegrityError, errors.SaveError, errors.RestoreError):
+    assert issubclass(errors.UnreadableFileError, errors.IntegrityError)
+    for other in (
+        errors.IntegrityError,
+        errors.SignatureError,
+        errors.SaveError,
+        errors.RestoreError,
+    ):
         assert not issubclass(other, (errors.ManifestError, errors.StateMismatchError, OSError))
     sections = [cls.section for cls in errors.StateMismatchError.__subclasses__()]
     assert len(set(sections)) == len(sections) == 12

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
 
+from benchmarks._faults.edits import permissions_obeyed
 from peftstate import _files, diff, read_manifest, verify_files
 from peftstate._diff import ABSENT, PRESENT, Mismatch
 from peftstate._digest import file_digest
 from peftstate._folder import AdapterFolder
+from peftstate._report import Report
 from peftstate._storage import staged
 from peftstate.errors import (
+    AdapterMismatchError,
     IntegrityError,
     ManifestDecodeError,
     ManifestNotFoundError,
@@ -26,12 +31,28 @@ from peftstate.sections import SECTIONS
 from tests._records import example
 
 FILES = {"adapter_model.safetensors": b"weights", "ref/adapter_model.safetensors": b"more"}
-MANIFEST = Manifest(
-    sections={section.name: example(section.record) for section in SECTIONS},
-    files={
-        name: FileRecord(size=len(data), sha256=file_digest(data)) for name, data in FILES.items()
-    },
-)
+CONFIG = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj"]}
+
+
+def manifest(*folders: str, files: Mapping[str, bytes] = FILES) -> Manifest:
+    """A manifest of adapters in these folders, named after them."""
+    sections = {section.name: example(section.record) for section in SECTIONS}
+    (record,) = sections["adapters"].adapters.values()
+    adapters = {
+        "default" if folder == "." else folder: attrs.evolve(record, folder=folder, config=CONFIG)
+        for folder in folders
+    }
+    sections["adapters"] = attrs.evolve(sections["adapters"], adapters=adapters)
+    sections["rng"] = attrs.evolve(sections["rng"], process=None)
+    return Manifest(sections=sections, files={name: recorded(files[name]) for name in files})
+
+
+def recorded(data: bytes) -> FileRecord:
+    """A file as a manifest describes it."""
+    return FileRecord(size=len(data), sha256=file_digest(data))
+
+
+MANIFEST = manifest(".", "ref")
 
 
 def write(folder: Path, manifest: Manifest = MANIFEST) -> None:
@@ -39,6 +60,7 @@ def write(folder: Path, manifest: Manifest = MANIFEST) -> None:
     (folder / "ref").mkdir(parents=True, exist_ok=True)
     for name, data in FILES.items():
         (folder / name).write_bytes(data)
+        (folder / name).with_name("adapter_config.json").write_text(json.dumps(CONFIG))
     (folder / "peftstate.json").write_bytes(manifest.to_json())
 
 
@@ -81,7 +103,7 @@ def test_read_manifest_damaged(folder: Path) -> None:
         (b"", ManifestDecodeError),
         (good[:-20], ManifestDecodeError),
         (good.replace(b'"size": 7', b'"size": 8'), IntegrityError),
-        (good.replace(b'"schema_version": 1', b'"schema_version": 999'), SchemaVersionError),
+        (good.replace(b'"schema_version": 2', b'"schema_version": 999'), SchemaVersionError),
     ]
     for data, error in cases:
         assert data != good
@@ -127,12 +149,10 @@ def test_read_manifest_between_saves(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_verify_files(folder: Path) -> None:
-    """Files that are as they were saved are in order; others in the folder do not matter."""
-    (folder / "README.md").write_text("hello")
+    """Files that are as they were saved are in order."""
     report = verify_files(folder)
-    assert report.ok
-    assert report.sections == ("files",)
-    assert str(report) == "files  ok"
+    assert report == Report((), ("files", "adapters"))
+    assert str(report) == "files     ok\nadapters  ok"
 
 
 def test_verify_files_changed(folder: Path) -> None:
@@ -152,11 +172,116 @@ def test_verify_files_changed(folder: Path) -> None:
 
 
 def test_verify_files_missing(folder: Path) -> None:
-    """A file that is gone is a mismatch."""
+    """A file that is gone is a mismatch, a config too."""
     shutil.rmtree(folder / "ref")
+    config, weights = verify_files(folder).mismatches
+    assert (weights.path, weights.found) == ("files[ref/adapter_model.safetensors]", ABSENT)
+    assert str(config) == "files[ref/adapter_config.json]: saved 'a file', found 'no file'"
+
+
+def test_verify_files_in_a_file(folder: Path) -> None:
+    """What should be in a folder of which a file has the place is missing."""
+    expected = [mismatch.path for mismatch in _without_ref(folder)]
+    (folder / "ref").write_text("no folder")
+    report = verify_files(folder)
+    assert [mismatch.path for mismatch in report.mismatches] == expected
+    assert report.notes == ("not covered by the manifest: ref",)
+
+
+def _without_ref(folder: Path) -> tuple[Mismatch, ...]:
+    """The mismatches when the folder of the extra adapter is gone."""
+    shutil.rmtree(folder / "ref")
+    return verify_files(folder).mismatches
+
+
+def test_verify_files_no_file(folder: Path, tmp_path: Path) -> None:
+    """What is no file that can be read here is a mismatch that says what it is."""
+    weights, config = (
+        folder / name for name in ("adapter_model.safetensors", "adapter_config.json")
+    )
+    weights.unlink()
+    weights.mkdir()
+    (tmp_path / "elsewhere.json").write_text(json.dumps(CONFIG))
+    config.unlink()
+    config.symlink_to(tmp_path / "elsewhere.json")
+    (folder / "ref" / weights.name).chmod(0)
+    with permissions_obeyed():
+        found = {
+            mismatch.field: str(mismatch.found) for mismatch in verify_files(folder).mismatches
+        }
+    assert found["[adapter_model.safetensors]"].startswith("d")
+    assert found["[adapter_config.json]"] == f"a link to {tmp_path / 'elsewhere.json'}"
+    assert "Permission denied" in found["[ref/adapter_model.safetensors]"]
+
+
+def test_verify_files_config(folder: Path) -> None:
+    """A PEFT config is compared by its fields, not by its bytes, nor where it says nothing."""
+    path = folder / "ref" / "adapter_config.json"
+    other = {**CONFIG, "target_modules": ["v_proj", "q_proj"], "base_model_name_or_path": "other"}
+    path.write_text(json.dumps(other, indent=8))
+    assert verify_files(folder).ok
+    path.write_text(json.dumps({**CONFIG, "r": 8}))
+    report = verify_files(folder)
+    assert report.mismatches == (Mismatch("adapters", "adapters.ref.config.r", 4, 8),)
+    with pytest.raises(AdapterMismatchError):
+        report.raise_for_mismatch()
+    path.write_text("{")
     (mismatch,) = verify_files(folder).mismatches
-    assert mismatch.path == "files[ref/adapter_model.safetensors]"
-    assert mismatch.found is ABSENT
+    assert mismatch.field == "[ref/adapter_config.json]"
+    assert str(mismatch.found).startswith("something else (not UTF-8 JSON")
+
+
+def test_verify_files_of_extra_adapters(folder: Path) -> None:
+    """The folder of an extra adapter is compared with its own manifest too, which has a sidecar."""
+    files = {"adapter_model.safetensors": b"more", "peftstate.tensors": b"states"}
+    for name, data in files.items():
+        (folder / "ref" / name).write_bytes(data)
+    (folder / "ref" / "peftstate.json").write_bytes(manifest(".", files=files).to_json())
+    assert verify_files(folder) == Report((), ("files", "adapters"))
+    (folder / "ref" / "peftstate.tensors").write_bytes(b"STATES")
+    (folder / "ref" / "adapter_model.safetensors").write_bytes(b"MORE")
+    assert [mismatch.field for mismatch in verify_files(folder).mismatches] == [
+        "[ref/adapter_model.safetensors].sha256",
+        "[ref/peftstate.tensors].sha256",
+    ]
+    (folder / "ref" / "peftstate.json").write_bytes(b"{")
+    with pytest.raises(ManifestDecodeError) as caught:
+        verify_files(folder)
+    assert caught.value.path == str(folder / "ref" / "peftstate.json")
+
+
+def test_verify_files_beside(folder: Path) -> None:
+    """Files that the manifest says nothing of are named, and are no difference."""
+    for name in ("README.md", "ref/notes.txt"):
+        (folder / name).write_text("hello")
+    report = verify_files(folder)
+    assert report.ok
+    assert report.notes == ("not covered by the manifest: README.md, ref/notes.txt",)
+    for number in range(20):
+        (folder / f"{number:02}").touch()
+    (note,) = verify_files(folder).notes
+    assert note.endswith("09, 10, 11 and 10 more")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
+)
+def test_verify_files_beside_a_base_model(folder: Path, name: str) -> None:
+    """Weights of a whole model in an adapter's folder are what the adapter is applied to twice."""
+    (folder / name).touch()
+    (folder / "config.json").touch()
+    report = verify_files(folder)
+    assert report.ok
+    base, others = report.notes
+    assert base.startswith(f"{name}: weights of a whole model beside adapter_config.json.")
+    assert others == "not covered by the manifest: config.json"
+
+
+def test_verify_files_beside_other_weights(folder: Path) -> None:
+    """Weights in the format that was not saved are named: other programs may prefer them."""
+    (folder / "ref" / "adapter_model.bin").touch()
+    (note,) = verify_files(folder).notes
+    assert note.startswith("ref/adapter_model.bin: weights that were not saved with this state")
 
 
 def test_verify_files_is_not_loading(folder: Path) -> None:
@@ -177,14 +302,36 @@ def test_verify_files_outside(folder: Path, tmp_path: Path) -> None:
     assert caught.value.field == "files[../secret]"
     (folder / "link").symlink_to(tmp_path / "secret")
     write(folder, attrs.evolve(MANIFEST, files={"link": record}))
-    with pytest.raises(IntegrityError, match="found a link to"):
+    (mismatch,) = verify_files(folder).mismatches
+    assert mismatch == Mismatch(
+        "files",
+        "link",
+        {"size": 1, "sha256": record.sha256},
+        f"a link to {tmp_path / 'secret'}",
+    )
+
+
+@pytest.mark.parametrize("below", ["../other", "a/b", "/etc", "", "con"])
+def test_verify_files_adapters_outside(folder: Path, below: str) -> None:
+    """A manifest cannot have the config of an adapter read that is elsewhere."""
+    write(folder, manifest(".", below))
+    with pytest.raises(ManifestDecodeError) as caught:
         verify_files(folder)
+    assert caught.value.field == f"sections.adapters.adapters[{below}].folder"
+
+
+def test_verify_files_without_an_adapter(folder: Path) -> None:
+    """A manifest is of an adapter in its own folder, and of one only."""
+    write(folder, manifest("ref"))
+    with pytest.raises(ManifestDecodeError) as caught:
+        verify_files(folder)
+    assert caught.value.field == "sections.adapters.adapters"
 
 
 def test_verify_files_of_an_unfinished_save(folder: Path) -> None:
     """Of a save whose files were not all moved, the new files are verified."""
     other = {name: data + b"!" for name, data in FILES.items()}
-    files = {name: FileRecord(size=len(d), sha256=file_digest(d)) for name, d in other.items()}
+    files = {name: recorded(data) for name, data in other.items()}
     complete = folder / ".peftstate-complete"
     (complete / "ref").mkdir(parents=True)
     for name, data in other.items():
@@ -199,7 +346,7 @@ def test_verify_files_between_saves(folder: Path, monkeypatch: pytest.MonkeyPatc
     read_bytes = AdapterFolder.read_bytes
     new = attrs.evolve(
         MANIFEST,
-        files={"adapter_model.safetensors": FileRecord(size=3, sha256=file_digest(b"new"))},
+        files={"adapter_model.safetensors": recorded(b"new")},
     )
     pending = [True]
 

@@ -296,6 +296,67 @@ def test_link_out_of_the_cache(tmp_path: Path) -> None:
         opened.read_bytes(MANIFEST_NAME)
 
 
+def share_blobs(cache: Path, *, marked: bool = True) -> Path:
+    """Move the blobs of the repo to where huggingface_hub 2 keeps those that repos share."""
+    store = cache / "blobs"
+    store.mkdir()
+    if marked:
+        (store / ".huggingface-shared-blobs").write_text("1\n")
+    for number, blob in enumerate((cache / f"models--{REPO.replace('/', '--')}/blobs").iterdir()):
+        shared = store / f"{number:02x}" / f"{number:02x}{'0' * 62}"
+        shared.parent.mkdir()
+        blob.rename(shared)
+        blob.symlink_to(os.path.relpath(shared, blob.parent))
+    return store
+
+
+@pytest.mark.parametrize("subfolder", [None, "extra"])
+def test_blobs_that_repos_share(tmp_path: Path, subfolder: str | None) -> None:
+    """In the cache of huggingface_hub 2, a blob is itself a link to one that several repos have."""
+    prefix = f"{subfolder}/" if subfolder else ""
+    in_cache(tmp_path, {f"{prefix}{name}": name for name in (ADAPTER_CONFIG_NAME, MANIFEST_NAME)})
+    share_blobs(tmp_path)
+    opened = open_folder(REPO, subfolder=subfolder, cache_dir=tmp_path, local_files_only=True)
+    assert contents(opened) == {name: name for name in (ADAPTER_CONFIG_NAME, MANIFEST_NAME)}
+    assert opened.commit == COMMIT
+
+
+def test_a_folder_beside_repos_that_is_not_the_caches(tmp_path: Path) -> None:
+    """A folder that only bears the name of the shared blobs is like any other one elsewhere."""
+    in_cache(tmp_path, {ADAPTER_CONFIG_NAME: "config"})
+    share_blobs(tmp_path, marked=False)
+    opened = open_folder(REPO, cache_dir=tmp_path, local_files_only=True)
+    with pytest.raises(IntegrityError, match="a link to"):
+        opened.read_bytes(ADAPTER_CONFIG_NAME)
+
+
+def test_links_out_of_shared_blobs(tmp_path: Path) -> None:
+    """From a shared blob no link leads on, nor is the store for folders outside the cache."""
+    in_cache(tmp_path, {ADAPTER_CONFIG_NAME: "config"})
+    store = share_blobs(tmp_path)
+    (tmp_path / "planted").write_text("planted")
+    (store / "link").symlink_to(tmp_path / "planted")
+    opened = open_folder(REPO, cache_dir=tmp_path, local_files_only=True)
+    (opened.path / MANIFEST_NAME).symlink_to(store / "link")
+    outside = tmp_path / "outside" / "adapter"
+    outside.mkdir(parents=True)
+    (outside / MANIFEST_NAME).symlink_to(next(store.glob("00/*")))
+    for folder in (opened, AdapterFolder.at(outside)):
+        with pytest.raises(IntegrityError, match="a link to"):
+            folder.read_bytes(MANIFEST_NAME)
+
+
+def test_the_caches_own_shared_blobs(tmp_path: Path) -> None:
+    """The layout that these tests make is the one of the installed huggingface_hub."""
+    shared_blobs = pytest.importorskip("huggingface_hub.utils._shared_blobs")
+    in_cache(tmp_path, {ADAPTER_CONFIG_NAME: "config"})
+    store = share_blobs(tmp_path)
+    assert shared_blobs.shared_blobs_dir(tmp_path) == store
+    assert shared_blobs.is_shared_blobs_dir(store)
+    blob = next((tmp_path / f"models--{REPO.replace('/', '--')}/blobs").iterdir())
+    assert shared_blobs.shared_blob_target(blob, tmp_path) == blob.resolve()
+
+
 def test_open_repo_that_is_not_cached(tmp_path: Path) -> None:
     """Without the Hub, an unknown repo is the Hub library's own error."""
     with pytest.raises(LocalEntryNotFoundError):

@@ -86,9 +86,9 @@ def test_bytes(path: Path) -> None:
     assert Manifest.from_json(data, path=str(path)).to_json() == data
 
 
-def test_extra_adapter() -> None:
+@pytest.mark.parametrize("folder", sorted(HERE.glob("schema-*/two-adapters")), ids=_id)
+def test_extra_adapter(folder: Path) -> None:
     """An extra adapter's folder is complete in itself."""
-    folder = HERE / "schema-1" / "two-adapters"
     model = _load(folder)
     assert list(model.peft_config) == ["default", "ref"]
     base = CASES[folder.name].load(folder.parent / BASE)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import peftstate
 from peftstate import manifest as module
 from peftstate._codec import canonical, dumps
+from peftstate._upgrades import UPGRADES
 from peftstate.errors import IntegrityError, ManifestDecodeError, SchemaVersionError
 from peftstate.manifest import SCHEMA_VERSION, FileRecord, Manifest
 from peftstate.sections import SECTIONS
@@ -198,7 +199,7 @@ def test_upgrade(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "SCHEMA_VERSION", SCHEMA_VERSION + 2)
     steps = {SCHEMA_VERSION: upgrade(" a"), SCHEMA_VERSION + 1: upgrade(" b")}
-    monkeypatch.setattr(module, "_UPGRADES", {**module._UPGRADES, **steps})
+    monkeypatch.setattr(module, "UPGRADES", {**UPGRADES, **steps})
     manifest = read(DATA)
     assert manifest.peftstate_version == VALUE["peftstate_version"] + " a b"
     assert manifest.schema_version == SCHEMA_VERSION + 2
@@ -209,7 +210,7 @@ def test_upgrade(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_upgrades_complete() -> None:
     """Each schema version but the newest has its step to the next."""
-    assert set(module._UPGRADES) == set(range(1, SCHEMA_VERSION))
+    assert set(UPGRADES) == set(range(1, SCHEMA_VERSION))
 
 
 @pytest.mark.parametrize("data", [b"[]", b"null", b'"peftstate"', b"1"])

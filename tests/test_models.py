@@ -224,7 +224,7 @@ def test_an_edited_config_is_refused_by_its_field(saved, load_base):
     with pytest.raises(errors.AdapterMismatchError) as caught:
         peftstate.PeftModel.from_pretrained(load_base("bf16"), saved)
     assert [str(mismatch) for mismatch in caught.value.mismatches] == [
-        "adapters.config.lora_alpha: saved 8, found 64"
+        "adapters.adapters.default.config.lora_alpha: saved 8, found 64"
     ]
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftstate._names import safe_name
+from peftstate._names import check_twins, safe_name
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,10 @@ def test_safe_names(name: str) -> None:
         ("nul .tar.gz", "is the name of a device on Windows"),
         ("a/COM1", "is the name of a device on Windows"),
         ("LPT².bin", "is the name of a device on Windows"),
+        ("con:", "is the name of a device on Windows"),
+        ("aux:stream", "is the name of a device on Windows"),
+        ("a" * 256, "has a part that is too long"),
+        ("ü" * 128 + "/b", "has a part that is too long"),
         ("conin$", "is the name of a device on Windows"),
         ("aux/file", "is the name of a device on Windows"),
         ("gru\u0308n", "is not in Unicode's form NFC"),
@@ -76,8 +80,25 @@ def test_safe_names(name: str) -> None:
 )
 def test_unsafe_names(name: str, fault: str) -> None:
     """A name that means another file, or none, somewhere is refused with the reason."""
-    with pytest.raises(ValueError, match=re.escape(f"{name!r} {fault}")):
+    shown = name if len(name) < 256 else name[:80] + "…"
+    with pytest.raises(ValueError, match=re.escape(f"{shown!r} {fault}")):
         safe_name(name)
+
+
+@pytest.mark.parametrize("names", [(), ("a", "b"), ("a/x", "a/y", "x"), ("ß", "s"), ("a", "a")])
+def test_no_twins(names: tuple[str, ...]) -> None:
+    """Different names are different files."""
+    check_twins(names)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("A", "a"), ("x/Ref", "x/ref"), ("Straße", "STRASSE"), ("ü", "u\u0308")]
+)
+def test_twins(one: str, other: str) -> None:
+    """Names that are one file on macOS or Windows are refused."""
+    message = re.escape(f"{one!r} and {other!r} are the same name on some systems")
+    with pytest.raises(ValueError, match=message):
+        check_twins(["z", one, other])
 
 
 @given(st.lists(st.sampled_from([*"ab./\\: \0", "..", "C:", "con", "ü"]), max_size=8).map("".join))

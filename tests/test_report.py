@@ -46,6 +46,15 @@ def test_text() -> None:
     assert str(Report((), ())) == ""
 
 
+def test_notes() -> None:
+    """A note is shown after all else, and is no difference."""
+    report = Report((), ("files",), ("not covered by the manifest: a.txt",))
+    assert report.ok
+    report.raise_for_mismatch()
+    assert str(report) == "files  ok\nnote: not covered by the manifest: a.txt"
+    assert report.of("files") == Report((), ("files",))
+
+
 def test_raise_for_mismatch() -> None:
     """The class of the error is that of the first section that differs; all else is in it."""
     with pytest.raises(errors.DtypeMismatchError) as caught:

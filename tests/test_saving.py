@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import peft
 import pytest
 import torch
@@ -187,3 +189,17 @@ def test_tensors_lost_to_another_adapters_name_are_kept(load_base, with_lora, lo
     loaded = peftstate.PeftModel.from_pretrained(load_base(), tmp_path)
     assert torch.equal(logits(loaded.eval()), logits(model.eval()))
     assert peftstate.verify(loaded, tmp_path).of("adapters", "extra_tensors").ok
+
+
+@pytest.mark.parametrize("name", ["a/b", "con"])
+def test_an_adapter_whose_folder_no_load_would_take_is_rescued(
+    load_base, with_lora, tmp_path, name
+):
+    """PEFT names a folder after the adapter; a name that a manifest may not give is refused."""
+    model = with_lora(load_base())
+    model.add_adapter(name, model.peft_config["default"])
+    told = f"cannot be saved: '{name}/adapter_config.json'"
+    with pytest.raises(errors.SaveError, match=told) as caught:
+        model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    assert (Path(caught.value.rescued) / name / "adapter_model.safetensors").is_file()

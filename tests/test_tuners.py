@@ -43,9 +43,7 @@ TELLS_ADAPTERS_APART = hasattr(BaseTuner, "_get_adapter_state_dict")
 """Whether PEFT knows which tensors are an adapter's by where they are, not by their names, in which
 older releases take one adapter for another."""
 
-UNTESTED = {
-    "ADAMSS": "PEFT needs scikit-learn for it, which is no dependency of these tests",
-}
+UNTESTED: dict[str, str] = {}
 """The types that are not tested, and why."""
 
 
@@ -84,6 +82,7 @@ def prompt(config: str, *, is_lossy: bool = False, **fields: Any) -> Case:
 
 CASES = {
     "ADALORA": layers("AdaLoraConfig", init_r=4, target_r=2, total_step=10),
+    "ADAMSS": layers("AdamssConfig", r=16, num_subspaces=2, subspace_rank=2),
     "ADAPTION_PROMPT": Case("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 1}),
     "BEFT": layers("BeftConfig"),
     "BOFT": layers("BOFTConfig", boft_block_size=4),

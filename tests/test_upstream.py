@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -20,11 +21,13 @@ from peft.mapping_func import (  # type: ignore[attr-defined]
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
 )
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from transformers import tokenization_utils_base
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import peftstate
+from peftstate import _tokenizer_files
 from peftstate._arguments import HUB_ARGUMENTS
-from peftstate.sections import _origin, adapters, base_model
+from peftstate.sections import _bit_generators, _model_config, _origin, _remote_code, adapters
 from peftstate.sections._generators import ACCELERATORS
 from peftstate.sections.implementation import ATTENTION, EXPERTS
 
@@ -222,7 +225,12 @@ OF_OTHER_VERSIONS = {
     "_attn_implementation_autoset": "transformers 4",
     "attn_implementation": "transformers 4, in files",
     "decoder_start_token_id": "a field of models with a decoder only",
+    "rope_local_base_freq": "transformers 4",
+    "rope_parameters": "transformers 5",
+    "rope_scaling": "transformers 4",
+    "rope_theta": "transformers 4",
     "experts_implementation": "transformers 5, in files",
+    "partial_rotary_factor": "transformers 4",
     "peft_version": "PEFT 0.18",
     "sep_token_id": "a field of all configs in transformers 4",
     "torch_dtype": "transformers 4",
@@ -230,11 +238,51 @@ OF_OTHER_VERSIONS = {
 """Names that not all versions, or not all models, have."""
 
 
-@pytest.mark.parametrize("name", sorted(base_model.NOT_IN_CONFIG | base_model.RESTORED_CONFIG))
+CONFIGS = (
+    "Bert Cohere GPT2 GPTNeoX Gemma2 Gemma3Text Granite Llama OPT Phi Qwen2 Qwen2Moe Starcoder2 T5"
+)
+"""Kinds of models that have, together, all fields of configs that are known to us."""
+
+
+@pytest.mark.parametrize("name", sorted(_model_config.NOT_IN_CONFIG | _model_config.BUILT_CONFIG))
 def test_field_of_a_model_config_exists(name):
     """No list holds a name that is misspelt."""
-    config = transformers.LlamaConfig()
-    assert hasattr(config, name) or name in OF_OTHER_VERSIONS or name == "quantization_config"
+    configs = [getattr(transformers, f"{kind}Config")() for kind in CONFIGS.split()]
+    known = any(hasattr(config, name) for config in configs)
+    assert known or name in OF_OTHER_VERSIONS or name == "quantization_config"
+
+
+def test_package_of_remote_code_is_that_of_transformers():
+    """Where classes that a checkpoint brought with it are."""
+    assert transformers.utils.TRANSFORMERS_DYNAMIC_MODULE_NAME == _remote_code.PACKAGE
+
+
+def test_kinds_of_generators_of_numpy_are_known():
+    """A kind that numpy gets anew could not be saved."""
+    kinds = {
+        name
+        for name, item in vars(np.random).items()
+        if inspect.isclass(item) and issubclass(item, np.random.BitGenerator)
+    }
+    assert kinds - {"BitGenerator"} == _bit_generators._PARTS.keys()
+
+
+def test_files_of_tokenizers_are_known():
+    """Those that every tokenizer may have, and those of each kind."""
+    names = {
+        value
+        for name, value in vars(tokenization_utils_base).items()
+        if name.endswith("_FILE") and isinstance(value, str)
+    }
+    assert "tokenizer_config.json" in names
+    for kind in ("Bert", "GPT2", "Llama", "T5", "XLMRoberta", "Gemma", "Qwen2"):
+        names |= set(getattr(transformers, f"{kind}TokenizerFast").vocab_files_names.values())
+    unknown = [name for name in names if not _tokenizer_files._FILES.fullmatch(name)]
+    assert set(unknown) <= UNKNOWN_FILES.keys()
+
+
+UNKNOWN_FILES: dict[str, str] = {}
+"""Files of tokenizers that are not looked at, and why."""
 
 
 @pytest.mark.parametrize("name", sorted(adapters.NOT_IN_CONFIG))

@@ -37,11 +37,18 @@ _HOMES = {
     "diff": "_files",
     "errors": "errors",
     "get_peft_model": "_models",
+    "install": "_install",
+    "installed": "_install",
     "read_manifest": "_files",
     "reproducible": "_reproducible",
+    "request_rng": "_request_rng",
     "restore": "_api",
+    "sign": "_signing",
+    "signing_key": "_keys",
+    "uninstall": "_install",
     "verify": "_api",
-    "verify_files": "_files",
+    "verify_files": "_verifying",
+    "verify_signature": "_signing",
 }
 """The module that each public name is in."""
 
@@ -71,7 +78,10 @@ if TYPE_CHECKING:
     from peftstate._diff import Mismatch as Mismatch
     from peftstate._files import diff as diff
     from peftstate._files import read_manifest as read_manifest
-    from peftstate._files import verify_files as verify_files
+    from peftstate._install import install as install
+    from peftstate._install import installed as installed
+    from peftstate._install import uninstall as uninstall
+    from peftstate._keys import signing_key as signing_key
     from peftstate._models import PeftMixedModel as PeftMixedModel
     from peftstate._models import PeftModel as PeftModel
     from peftstate._models import PeftModelForCausalLM as PeftModelForCausalLM
@@ -86,6 +96,10 @@ if TYPE_CHECKING:
     from peftstate._models import get_peft_model as get_peft_model
     from peftstate._report import Report as Report
     from peftstate._reproducible import reproducible as reproducible
+    from peftstate._request_rng import request_rng as request_rng
+    from peftstate._signing import sign as sign
+    from peftstate._signing import verify_signature as verify_signature
+    from peftstate._verifying import verify_files as verify_files
     from peftstate.integrations.trainer import PeftStateCallback as PeftStateCallback
     from peftstate.manifest import Manifest as Manifest
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import peft
 from torch import nn
 
 from peftstate._arguments import check_tokenizer
-from peftstate._folder import open_folder
 from peftstate._injection import set_tensors
 from peftstate._loading import for_adapters, undone_on_failure
 from peftstate._policy import OnMismatch, Policy
 from peftstate._report import Report
 from peftstate._reproducible import keep_process
 from peftstate._saving import capture_sections
+from peftstate._signature import open_for_load
 from peftstate._source import Source, read_source
 from peftstate._steps import (
     LOCK,
@@ -31,6 +31,9 @@ from peftstate.manifest import Manifest
 from peftstate.sections._view import ModelView
 from peftstate.sections.predictions import inputs_of
 from peftstate.sections.tokenizer import put_back_on_failure
+
+if TYPE_CHECKING:
+    from peftstate._keys import TrustedKeys
 
 
 def capture(model: nn.Module, *, fingerprint: str = "full", tokenizer: Any = None) -> Manifest:
@@ -50,7 +53,12 @@ def capture(model: nn.Module, *, fingerprint: str = "full", tokenizer: Any = Non
 
 
 def verify(
-    model: nn.Module, source: str | os.PathLike[str], *, tokenizer: Any = None, **hub: Any
+    model: nn.Module,
+    source: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    trusted_keys: TrustedKeys | None = None,
+    **hub: Any,
 ) -> Report:
     """Compare a live PEFT model with what was saved.
 
@@ -58,6 +66,7 @@ def verify(
         model: The model. It is left as it is.
         source: The adapter's folder, or the id of a repo on the Hub.
         tokenizer: As in `capture`.
+        trusted_keys: As in `PeftModel.from_pretrained`.
         **hub: ``subfolder``, ``revision``, ``cache_dir``, ``token`` and the like.
 
     Returns:
@@ -66,9 +75,10 @@ def verify(
     Raises:
         ManifestError: The manifest cannot be used.
         IntegrityError: A file is not the one that was saved.
+        SignatureError: The folder is not as the owner of a trusted key has signed it.
     """
     with LOCK:
-        saved = read_source(open_folder(source, **hub))
+        saved = read_source(open_for_load(source, trusted_keys=trusted_keys, **hub))
         view, manifest = _view_of(model, saved, tokenizer)
         plan = Plan(policy=Policy.of(None))
         return compare(view, manifest, plan, lambda section: section.capture_like)
@@ -80,6 +90,7 @@ def restore(
     *,
     on_mismatch: OnMismatch | None = None,
     tokenizer: Any = None,
+    trusted_keys: TrustedKeys | None = None,
     **hub: Any,
 ) -> Report:
     """Bring a live PEFT model into the state that was saved.
@@ -89,6 +100,7 @@ def restore(
         source: The adapter's folder, or the id of a repo on the Hub.
         on_mismatch: As in `PeftModel.from_pretrained`.
         tokenizer: As in `capture`. If it fails, it is as it was before, too.
+        trusted_keys: As in `PeftModel.from_pretrained`.
         **hub: ``subfolder``, ``revision``, ``cache_dir``, ``token`` and the like.
 
     Returns:
@@ -97,12 +109,13 @@ def restore(
     Raises:
         ManifestError: The manifest cannot be used.
         IntegrityError: A file is not the one that was saved.
+        SignatureError: The folder is not as the owner of a trusted key has signed it.
         StateMismatchError: Something differs that cannot be restored.
         RestoreError: Some state cannot be set.
     """
     plan = Plan(policy=Policy.of(on_mismatch))
     with LOCK:
-        saved = read_source(open_folder(source, **hub))
+        saved = read_source(open_for_load(source, trusted_keys=trusted_keys, **hub))
         view, manifest = _view_of(model, saved, tokenizer)
         check_base(ModelView(model=view.base, tokenizer=view.tokenizer), manifest, plan)
 

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from peftstate._folder import AdapterFolder, open_folder
+from peftstate._folder import AdapterFolder
 from peftstate._policy import Policy
+from peftstate._signature import open_for_load
 from peftstate._steps import Plan
 from peftstate._storage import MANIFEST_NAME
 from peftstate._warn import warn
-from peftstate.errors import ManifestNotFoundError, MissingManifestWarning
+from peftstate.errors import AdapterLoadError, ManifestNotFoundError, MissingManifestWarning
 from peftstate.sections._probe import probe_inputs
 from peftstate.sections._view import FINGERPRINTS, ModelView
 
 if TYPE_CHECKING:
     import peft
 
+    from peftstate._keys import TrustedKeys
     from peftstate._source import Source
 
 HUB_ARGUMENTS = (
@@ -53,15 +55,21 @@ def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def folder_with_manifest(
-    model_id: str | os.PathLike[str], hub: Mapping[str, Any], *, require_manifest: bool
+    model_id: str | os.PathLike[str],
+    hub: Mapping[str, Any],
+    *,
+    require_manifest: bool,
+    trusted_keys: TrustedKeys | None = None,
 ) -> AdapterFolder | None:
     """Open a folder; `None`, after a warning, if there is no manifest in it.
+
+    With trusted keys that is left to who reads it: it must be signed, and with a manifest.
 
     Raises:
         ManifestNotFoundError: There is none, but one is required.
     """
-    folder = open_folder(model_id, **hub)
-    if folder.exists(MANIFEST_NAME):
+    folder = open_for_load(model_id, trusted_keys=trusted_keys, **hub)
+    if folder.trusted is not None or folder.exists(MANIFEST_NAME):
         return folder
     path = str(folder.path / MANIFEST_NAME)
     if require_manifest:
@@ -98,9 +106,10 @@ def live_names(source: Source, adapter_name: str) -> dict[str, str]:
     names = {name: name for name in source.adapters}
     names[source.own_adapter] = adapter_name
     if len(set(names.values())) < len(names):
-        raise ValueError(
+        raise AdapterLoadError(
+            "adapters",
             f"adapter_name={adapter_name!r} is also the name of another adapter in "
-            f"{source.folder.path}; choose another one, or limit adapters=."
+            f"{source.folder.path}; choose another one, or limit adapters=.",
         )
     return names
 
@@ -125,6 +134,7 @@ def view_to_save(
     fingerprint: str,
     tokenizer: Any,
     prediction_probe: Any,
+    keep_merged_weights: bool = False,
 ) -> ModelView:
     """The view of what is saved.
 
@@ -140,11 +150,17 @@ def view_to_save(
         view,
         tokenizer=view.tokenizer if tokenizer is None else tokenizer,
         probe=probe_inputs(prediction_probe, view.base),
+        keeps_merged=keep_merged_weights,
     )
     names = list(view.adapters) if selected is None else selected
     if unknown := [name for name in names if name not in view.adapters]:
         raise ValueError(
             f"You passed an invalid `selected_adapters` arguments, current supported adapter names "
             f"are {list(view.adapters)} - got {unknown}."
+        )
+    if not names:
+        raise ValueError(
+            "selected_adapters is empty, so there is nothing to save; leave it out to save all "
+            f"adapters, or name some of {list(view.adapters)}."
         )
     return view.limited_to(names)

@@ -46,7 +46,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DIGEST_SHOWN = 12
 
 
-def _shown(value: Json | Presence) -> str:
+def shown(value: Json | Presence) -> str:
     """A value in a message: of a digest the beginning, of anything long both ends."""
     if isinstance(value, str) and _DIGEST.fullmatch(value):
         return f"{value[:_DIGEST_SHOWN]}…"
@@ -76,7 +76,7 @@ class Mismatch:
         return join(self.section, self.field)
 
     def __str__(self) -> str:
-        return f"{self.path}: saved {_shown(self.saved)}, found {_shown(self.found)}"
+        return f"{printable(self.path)}: saved {shown(self.saved)}, found {shown(self.found)}"
 
 
 def join(path: str, key: str) -> str:
@@ -91,9 +91,14 @@ def step(key: str | int) -> str:
     return key if isinstance(key, str) and key.isidentifier() else f"[{key}]"
 
 
+def printable(text: str) -> str:
+    """A text of somebody else's for a message, without what a terminal would obey."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def steps(path: str) -> list[str]:
     """The single steps of a field path, brackets taken off."""
-    return [key or name for key, name in re.findall(r"\[([^\]]*)\]|([^.\[]+)", path)]
+    return [key or name for key, name in re.findall(r"\[([^\]]*)(?:\]|$)|([^.\[]+)", path)]
 
 
 def diff(section: str, saved: Json, found: Json) -> tuple[Mismatch, ...]:
@@ -117,8 +122,9 @@ def _differences(section: str, path: str, saved: Json, found: Json) -> Iterator[
             field = join(path, step(key))
             yield from _differences(section, field, saved.get(key, ABSENT), found.get(key, ABSENT))
     elif _is_set_of_names(saved) and _is_set_of_names(found) and set(saved) != set(found):
-        for name in sorted(set(saved) ^ set(found)):
-            there = (PRESENT, ABSENT) if name in saved else (ABSENT, PRESENT)
+        names = set(saved)
+        for name in sorted(names ^ set(found)):
+            there = (PRESENT, ABSENT) if name in names else (ABSENT, PRESENT)
             yield Mismatch(section, f"{path}[{name}]", *there)
     elif not _same(saved, found):
         yield Mismatch(section, path, saved, found)

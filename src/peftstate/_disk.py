@@ -7,14 +7,18 @@ import errno
 import os
 import stat
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 
-from peftstate.errors import IntegrityError
+from peftstate.errors import IntegrityError, UnreadableFileError
 
 if sys.platform != "win32":
     import fcntl
+
+_of_thread = threading.local()
+"""Which folders the thread has locked, or waits for."""
 
 
 @contextlib.contextmanager
@@ -23,11 +27,24 @@ def alone(folder: Path, *, seconds: float) -> Iterator[None]:
 
     This is politeness, nothing to rely on: when the lock cannot be had in time, as when a saver
     hangs, or at all, as on Windows and many network file systems, the body runs all the same. The
-    folder itself is locked, so that no lock file is left in it.
+    folder itself is locked, so that no lock file is left in it. A save in a signal handler, which
+    interrupts another one of its thread, could wait for ever; it does not wait.
     """
-    if sys.platform == "win32":
+    mine: set[Path] = vars(_of_thread).setdefault("locked", set())
+    if sys.platform == "win32" or folder in mine:
         yield
         return
+    mine.add(folder)
+    try:
+        with _locked(folder, seconds):
+            yield
+    finally:
+        mine.discard(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, seconds: float) -> Iterator[None]:
+    """Hold the lock of a folder while the body runs, if it can be had."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         _lock(descriptor, seconds)
@@ -116,7 +133,18 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_file(path: Path, *, inside: Iterable[Path], limit: int | None = None) -> bytes:
+def is_there(path: Path) -> bool:
+    """Whether there is anything at a path; what this process may not look at could be there."""
+    try:
+        path.lstat()
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EPERM, errno.EIO)
+    return True
+
+
+def read_file(
+    path: Path, *, inside: Iterable[Path], limit: int | None = None, size: int | None = None
+) -> bytes:
     """Read a file as it is at one moment.
 
     Args:
@@ -124,21 +152,38 @@ def read_file(path: Path, *, inside: Iterable[Path], limit: int | None = None) -
         inside: Folders in one of which the file must lie, links resolved. They are taken as they
             are named: one that is a link itself holds nothing.
         limit: The most bytes that it may have.
+        size: The bytes that it must have.
 
     Raises:
-        IntegrityError: It is elsewhere, no regular file, too large, or being written in place.
+        IntegrityError: It is elsewhere, no regular file, of another size, or being written in
+            place, or it cannot be read.
         FileNotFoundError: There is no such file.
     """
     real = Path(os.path.realpath(path))
     if not any(real.is_relative_to(folder) for folder in inside):
         raise IntegrityError(str(path), "a file of this folder", f"a link to {real}")
-    descriptor = _open(path, real)
+    try:
+        return _read(path, _open(path, real), limit, size)
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise IntegrityError(str(path), "a file", f"a link to nothing ({real})") from error
+        raise
+    except NotADirectoryError as error:
+        raise FileNotFoundError(errno.ENOENT, "a file is in a folder's place", str(path)) from error
+    except OSError as error:
+        raise UnreadableFileError(str(path), error.strerror or str(error)) from error
+
+
+def _read(path: Path, descriptor: int, limit: int | None, size: int | None) -> bytes:
+    """Read an open file, and close it."""
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise IntegrityError(str(path), "a file", stat.filemode(status.st_mode))
         if limit is not None and status.st_size > limit:
             raise IntegrityError(str(path), f"at most {limit} bytes", f"{status.st_size} bytes")
+        if size is not None and status.st_size != size:
+            raise IntegrityError(str(path), f"{size} bytes", f"{status.st_size} bytes")
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             data = file.read(status.st_size + 1)
     finally:

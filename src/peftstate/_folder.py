@@ -12,11 +12,13 @@ import contextlib
 import errno
 import glob
 import os
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import attrs
 
-from peftstate._disk import read_file
+from peftstate._disk import is_there, read_file
 from peftstate._names import safe_name
 from peftstate._storage import (
     ADAPTER_CONFIG_NAME,
@@ -25,20 +27,30 @@ from peftstate._storage import (
     REMOVED_PREFIX,
     RESERVED_PREFIX,
     SIDECAR_NAME,
+    SIGNATURE_NAME,
     WEIGHTS_NAMES,
     pending,
     removal_mark,
 )
 from peftstate.errors import ManifestNotFoundError
 
+if TYPE_CHECKING:
+    from peftstate._keys import TrustedById
+    from peftstate._signature import Signed
+
 HUB_PATTERNS = (
     ADAPTER_CONFIG_NAME,
     *WEIGHTS_NAMES,
     MANIFEST_NAME,
     SIDECAR_NAME,
+    SIGNATURE_NAME,
     "peftstate.rank-*.tensors",
 )
 """What is downloaded of a folder on the Hub; repos may hold a whole base model beside it."""
+
+_SHARED_BLOBS_MARK = ".huggingface-shared-blobs"
+"""In the folder of the Hub's cache with the blobs that several repos share
+(`huggingface_hub/utils/_shared_blobs.py`), to which those in the repos' folders are links."""
 
 Stamp = tuple[int, int, int]
 
@@ -50,10 +62,15 @@ class AdapterFolder:
     Attributes:
         path: The folder. It may not exist as such while its first save is being committed.
         root: The folder that was opened: this one, or the one that this is a sub-folder of.
+        trusted: The keys one of which must have signed what is read, by their ids; `None` if none.
+        signed: What was signed, to which each file is held; with `trusted`, nothing but the
+            signature can be read without it.
     """
 
     path: Path
     root: Path
+    trusted: TrustedById | None = None
+    signed: Signed | None = None
 
     @classmethod
     def at(cls, path: Path) -> AdapterFolder:
@@ -67,7 +84,8 @@ class AdapterFolder:
         Raises:
             ValueError: The name is not safe.
         """
-        return AdapterFolder(path=self.path / safe_name(name), root=self.root)
+        signed = self.signed and self.signed.below(name)
+        return attrs.evolve(self, path=self.path / safe_name(name), signed=signed)
 
     @property
     def commit(self) -> str | None:
@@ -95,7 +113,7 @@ class AdapterFolder:
         removed: set[str] = set()
         for layer in self._layers():
             files: set[str] = set()
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 files.update(entry.name for entry in layer.iterdir() if entry.is_file())
             marks = {name for name in files if name.startswith(REMOVED_PREFIX)}
             names |= {name for name in files - removed if not name.startswith(RESERVED_PREFIX)}
@@ -103,44 +121,59 @@ class AdapterFolder:
         return tuple(sorted(names))
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file of that name, in the folder or one sub-folder down.
+        """Whether there is anything of that name, in the folder or one sub-folder down.
+
+        It need not be a file that can be read; who reads it is told.
 
         Raises:
             ValueError: The name is not safe.
         """
         folder, leaf = self._split(name)
         for layer in folder._layers():
-            if (layer / leaf).is_file():
+            if is_there(layer / leaf):
                 return True
             if os.path.lexists(removal_mark(layer / leaf)):
                 return False
         return False
 
-    def read_bytes(self, name: str, *, limit: int | None = None) -> bytes:
+    def read_bytes(self, name: str, *, limit: int | None = None, size: int | None = None) -> bytes:
         """Read a file, once, so that what is checked is what is used.
 
         Args:
             name: The file, in the folder or one sub-folder down.
             limit: The most bytes that it may have.
+            size: The bytes that it must have.
 
         Raises:
             ValueError: The name is not safe.
             ManifestNotFoundError: The file is the manifest, and there is none.
             FileNotFoundError: There is no such file.
-            IntegrityError: It is not a regular file of this folder, or too large.
+            IntegrityError: It is not a regular file of this folder, of another size, or it cannot
+                be read.
+            SignatureError: It is not as it was signed.
         """
         folder, leaf = self._split(name)
         roots = folder._link_roots()
         for layer in folder._layers():
             try:
-                return read_file(layer / leaf, inside=roots, limit=limit)
+                data = read_file(layer / leaf, inside=roots, limit=limit, size=size)
             except FileNotFoundError:
                 if os.path.lexists(removal_mark(layer / leaf)):
                     break
+            else:
+                self._hold_to_signature(name, data)
+                return data
         missing = str(folder.path / leaf)
         if leaf == MANIFEST_NAME:
             raise ManifestNotFoundError(missing)
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), missing)
+
+    def _hold_to_signature(self, name: str, data: bytes) -> None:
+        """Refuse a file that is not as it was signed, if it must be."""
+        if self.signed is not None:
+            self.signed.check(str(self.path / name), name, data)
+        elif self.trusted is not None and name != SIGNATURE_NAME:
+            raise AssertionError(f"{name} is read before the signature")
 
     def _split(self, name: str) -> tuple[AdapterFolder, str]:
         """The folder that a file lies in, and the file's name there."""
@@ -162,9 +195,14 @@ class AdapterFolder:
 
     def _link_roots(self) -> list[Path]:
         """Where files may be and links may lead: here, or among the blobs of the Hub's cache."""
+        roots = [self.root, self._above()]
         snapshot = self._snapshot()
-        blobs = [] if snapshot is None else [snapshot.parent.parent / "blobs"]
-        return [self.root, self._above(), *blobs]
+        if snapshot is not None:
+            repo = snapshot.parent.parent
+            roots.append(repo / "blobs")
+            if (repo.parent / "blobs" / _SHARED_BLOBS_MARK).is_file():
+                roots.append(repo.parent / "blobs")
+        return roots
 
     def _snapshot(self) -> Path | None:
         """The snapshot folder of the Hub's cache that this is, or lies in."""
@@ -192,6 +230,7 @@ def open_folder(
     token: str | bool | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
+    names: Collection[str] = (),
 ) -> AdapterFolder:
     """Open an adapter folder given as PEFT's `from_pretrained` is given it.
 
@@ -207,13 +246,15 @@ def open_folder(
         token: Access token for the Hub.
         local_files_only: Whether to take only what the cache holds.
         force_download: Whether to download what the cache holds already.
+        names: Files to download beside those of the adapter.
 
     Raises:
         HfHubHTTPError: The Hub refused, as it does for a repo that does not exist.
         LocalEntryNotFoundError: The Hub is not to be reached and the cache does not have the repo.
     """
     local = AdapterFolder.at(Path(model_id, subfolder or ""))
-    if Path(model_id).is_dir() or local.exists(ADAPTER_CONFIG_NAME):
+    # Path.is_dir raises where it may not look.
+    if os.path.isdir(model_id) or local.exists(ADAPTER_CONFIG_NAME):  # noqa: PTH112
         return local
 
     from huggingface_hub import snapshot_download
@@ -228,7 +269,9 @@ def open_folder(
             token=token,
             local_files_only=local_files_only,
             force_download=force_download,
-            allow_patterns=[prefix + pattern for pattern in HUB_PATTERNS],
+            allow_patterns=[
+                prefix + pattern for pattern in (*HUB_PATTERNS, *map(glob.escape, names))
+            ],
         )
     except HFValidationError:
         return local  # no repo has such a name, so it was meant as a path; all files are absent

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+import os
+import re
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, save_and_load
 from torch import nn
 
 from peftstate._codec import dumps
 from peftstate._storage import ADAPTER_CONFIG_NAME
+from peftstate.errors import RestoreError
 from peftstate.sections import extra_tensors
 from peftstate.sections._adapter_tensors import adapter_tensors, live_tensors
 from peftstate.sections._tensors import tensor_record
@@ -63,22 +68,91 @@ def _set(target: torch.Tensor, tensor: torch.Tensor) -> None:
 
 @contextmanager
 def readable_by_peft(source: Source, name: str) -> Iterator[Path]:
-    """A folder from which PEFT can read an adapter.
+    """A folder from which PEFT gets an adapter as it was read and checked, and nothing else.
 
-    The folder itself, unless a save in it was not finished: then its files are spread over two
-    places, and what was read is written out again.
+    In the adapter's own folder there may be other files by now, and PEFT writes whatever tensor of
+    the base model is in a weights file into that model. So it gets a folder with the config, and
+    the weights from memory. Only one load at a time may do this.
+
+    Raises:
+        RestoreError: There is no place for a temporary folder.
     """
-    record = source.manifest.sections["adapters"].adapters[name]
-    if not source.folder.is_pending:
-        yield source.folder.path / record.folder
-        return
     files = source.adapters[name]
-    with tempfile.TemporaryDirectory(prefix="peftstate-") as directory:
-        Path(directory, ADAPTER_CONFIG_NAME).write_bytes(dumps(files.config))
-        safetensors.torch.save_file(
-            dict(files.tensors), Path(directory, SAFETENSORS_WEIGHTS_NAME), {"format": "pt"}
-        )
-        yield Path(directory)
+    with temporary_folder() as folder:
+        (folder / ADAPTER_CONFIG_NAME).write_bytes(dumps(files.config))
+        with _handed_over(folder / SAFETENSORS_WEIGHTS_NAME, files.tensors):
+            yield folder
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A temporary folder; where the disk is read-only, as in a container, in shared memory."""
+    with ExitStack() as stack:
+        reason: OSError | None = None
+        for place in (None, "/dev/shm"):  # noqa: S108 - the folder in it has a name of its own
+            try:
+                folder = tempfile.TemporaryDirectory(prefix="peftstate-", dir=place)
+            except OSError as error:
+                reason = reason or error
+            else:
+                yield Path(stack.enter_context(folder))
+                return
+        raise RestoreError("adapters", f"no temporary folder can be made ({reason})") from reason
+
+
+@contextmanager
+def _handed_over(file: Path, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Have PEFT find tensors in a weights file that are in memory."""
+    module: Any = save_and_load
+    read = getattr(module, "safe_load_file", None)
+    if read is None:  # every PEFT so far has it
+        safetensors.torch.save_file(dict(tensors), file, {"format": "pt"})
+        yield
+        return
+
+    def read_or_take(name: str | os.PathLike[str], device: Any = "cpu", **options: Any) -> Any:
+        if Path(name) != file:
+            return read(name, device, **options)
+        return {key: tensor.to(device) for key, tensor in tensors.items()}
+
+    file.touch()
+    try:
+        module.safe_load_file = read_or_take
+        yield
+    finally:
+        module.safe_load_file = read
+
+
+@contextmanager
+def without_word_of(names: Collection[str], adapter: str) -> Iterator[None]:
+    """Keep PEFT from warning that tensors are not in its file, where these are in the sidecar.
+
+    Args:
+        names: The names of the adapter's tensors in the sidecar.
+        adapter: The adapter's name in the model, which is part of the names in PEFT's warning.
+    """
+    if not names:
+        yield
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for item in caught:
+        missing = {_without(key, adapter) for key in _missing_keys(str(item.message))}
+        if not missing or missing - set(names):
+            warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
+
+
+def _missing_keys(message: str) -> list[str]:
+    """The keys that PEFT's warning names (`peft/peft_model.py::PeftModel.from_pretrained`)."""
+    found = re.search(r"Found missing adapter keys while loading the checkpoint: (\[.*\])", message)
+    return list(ast.literal_eval(found[1])) if found else []
+
+
+def _without(key: str, adapter: str) -> str:
+    """The name of a tensor without the adapter's own name, which is the last part that is so."""
+    before, found, after = f".{key}.".rpartition(f".{adapter}.")
+    return f"{before}.{after}".strip(".") if found else key
 
 
 @contextmanager

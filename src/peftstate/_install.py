@@ -25,7 +25,7 @@ from peftstate._policy import OnMismatch, Policy
 from peftstate._storage import MANIFEST_NAME
 from peftstate._warn import warn
 from peftstate.errors import UnverifiedWarning
-from peftstate.integrations.trainer import with_state, with_tokenizer
+from peftstate.integrations.trainer import with_rank, with_state, with_tokenizer
 from peftstate.sections import _origin
 from peftstate.sections._view import ModelView
 
@@ -279,5 +279,6 @@ _PATCHES = (
     _Patch(PeftAdapterMixin, "load_adapter", _load_into_transformers),
     _Patch(Trainer, "__init__", with_tokenizer),
     _Patch(Trainer, "_push_from_checkpoint", with_state),
+    _Patch(Trainer, "save_model", with_rank),
 )
 """All that `install` wraps."""

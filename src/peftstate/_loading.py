@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,9 +11,19 @@ import attrs
 import peft
 from torch import nn
 
-from peftstate._injection import harmless_state_dict, readable_by_peft, set_tensors
+from peftstate._initialisation import (
+    check_loads_alone,
+    put_back_initialisation,
+    without_initialisation,
+)
+from peftstate._injection import (
+    harmless_state_dict,
+    readable_by_peft,
+    set_tensors,
+    without_word_of,
+)
 from peftstate._snapshot import Snapshot
-from peftstate._source import Source
+from peftstate._source import AdapterFiles, Source
 from peftstate._steps import (
     Plan,
     check_base,
@@ -20,19 +31,25 @@ from peftstate._steps import (
     prepare_base,
     restore_sections,
 )
+from peftstate.errors import AdapterLoadError, PeftStateError
 from peftstate.manifest import Manifest
-from peftstate.sections import _origin, adapters, dtype, records_for_adapters, rng
+from peftstate.sections import _origin, adapters, dtype, extra_tensors, records_for_adapters, rng
 from peftstate.sections._bitsandbytes_forms import kept
+from peftstate.sections._generators import Standing
 from peftstate.sections._view import ModelView
 from peftstate.sections.predictions import inputs_of
 from peftstate.sections.tokenizer import put_back_on_failure
 
 T = TypeVar("T")
+M = TypeVar("M", bound=peft.PeftModel)
 
 Inject = Callable[[Path, peft.PeftConfig], peft.PeftModel]
 """PEFT's `from_pretrained` on the base model: takes the folder and the adapter's config."""
 Load = Callable[[Any, Path, str], Any]
 """PEFT's `load_adapter`: takes the model, the folder and the adapter's name."""
+Finish = Callable[[peft.PeftModel, _origin.Origin], M]
+"""Takes the loaded model, and what its base model's checkpoint gave of it. If it fails, so does the
+load."""
 
 
 def load_model(
@@ -43,8 +60,9 @@ def load_model(
     plan: Plan,
     inject: Inject,
     load: Load,
+    finish: Finish[M],
     tokenizer: Any = None,
-) -> tuple[peft.PeftModel, _origin.Origin]:
+) -> M:
     """Load the adapters of a folder onto a base model.
 
     Args:
@@ -54,10 +72,11 @@ def load_model(
         plan: Which sections are restored.
         inject: How PEFT loads the first adapter.
         load: How PEFT loads a further one.
+        finish: What is left to do with the model.
         tokenizer: The tokenizer that is to go with the model. If the load fails, it is as before.
 
     Returns:
-        The model, and what its base model's checkpoint gave of it.
+        What `finish` returns.
 
     Raises:
         StateMismatchError: The base model does not fit, or something is not as saved afterwards.
@@ -68,13 +87,17 @@ def load_model(
     check_base(bare, manifest, plan)
     own = source.own_adapter
 
-    def steps() -> tuple[peft.PeftModel, _origin.Origin]:
-        _spare_data(bare, names=manifest.sections["base_model"].shadowed)
+    def steps() -> M:
+        shadowed = manifest.sections["base_model"].shadowed
+        _spare_data(bare, names={*shadowed, *_names_in_base(source.adapters)})
         prepare_base(bare, manifest, plan)
-        with readable_by_peft(source, own) as folder, kept(base):
-            model = inject(folder, source.adapters[own].peft_config())
-        for name in names.keys() - {own}:
-            with readable_by_peft(source, name) as folder, kept(base):
+        given = without_initialisation(source, plan, bare)
+        restores = extra_tensors.SECTION in plan.sections(bare, manifest)
+        extra = manifest.sections["extra_tensors"].adapters[own] if restores else ()
+        with readable_by_peft(given, own) as folder, kept(base), without_word_of(extra, names[own]):
+            model = inject(folder, given.adapters[own].peft_config())
+        for name in [name for name in names if name != own]:
+            with readable_by_peft(given, name) as folder, kept(base):
                 load(model, folder, names[name])
         view = ModelView(
             model=model,
@@ -83,12 +106,16 @@ def load_model(
             tokenizer=tokenizer,
             probe=inputs_of(manifest.sections.get("predictions")),
         )
+        put_back_initialisation(view, source.adapters)
         set_tensors(view, source.adapters, manifest, plan)
         restore_sections(view, manifest, plan)
+        if manifest.sections["adapters"].merged:  # embeddings in the file are merged already
+            set_tensors(view, source.adapters, manifest, plan)
         compare_restored(view, manifest, plan)
-        return model, _origin.of_loaded(view, manifest.sections["base_model"])
+        return finish(model, _origin.of_loaded(view, manifest.sections["base_model"]))
 
     restores_rng = rng.SECTION in plan.sections(bare, manifest)
+    restores_rng = restores_rng and rng.is_own(manifest.sections["rng"])
     with put_back_on_failure(bare):
         return undone_on_failure(base, steps, keep_rng=not restores_rng)
 
@@ -110,14 +137,16 @@ def load_adapter(
 
     Raises:
         StateMismatchError: The base model is not the one that the adapter was saved with.
+        RestoreError: The adapter needs a base model whose weights it rewrote.
     """
+    check_loads_alone(source)
     own = source.own_adapter
     manifest = for_adapters(source.manifest, {own})
     view = ModelView(model=model, adapters={own: name}, folders={own: "."})
     check_base(ModelView(model=view.base), manifest, plan)
 
     def steps() -> Any:
-        _spare_data(view, adapter=name)
+        _spare_data(view, names=_names_in_base(source.adapters), adapter=name)
         with readable_by_peft(source, own) as folder, harmless_state_dict(model):
             result = load(model, folder, name)
         set_tensors(view, source.adapters, manifest, plan)
@@ -141,6 +170,20 @@ def _spare_data(view: ModelView, *, names: Collection[str] = (), adapter: str = 
     for site in view.tensors():
         if (site.part == "base" and site.name in names) or (adapter and site.adapter == adapter):
             site.tensor.data = site.tensor.data.clone()
+
+
+def _names_in_base(files: Mapping[str, AdapterFiles]) -> set[str]:
+    """What adapters' files would have for names if they were tensors of the base model.
+
+    Embeddings and biases may be there; in a file that was made to do harm it may be any tensor.
+    """
+    keys = (key for read in files.values() for key in read.tensors)
+    names = (key.removeprefix("base_model.").removeprefix("model.") for key in keys)
+    return {_WRAPPERS.sub(".", name) for name in names}
+
+
+_WRAPPERS = re.compile(r"\.(?:base_layer|original_module)\.")
+"""What PEFT puts into the names of the modules that it wraps."""
 
 
 def for_adapters(manifest: Manifest, names: Collection[str]) -> Manifest:
@@ -169,15 +212,21 @@ def undone_on_failure(model: nn.Module, steps: Callable[[], T], *, keep_rng: boo
         steps: The steps.
         keep_rng: Whether the random generators are put back after success too: a load draws
             numbers for weights that it then overwrites.
+
+    Raises:
+        AdapterLoadError: PEFT, or torch, raised an error of its own.
     """
-    generators = rng.states()
+    generators = Standing.now()
     snapshot = Snapshot.of(model)
     try:
         result = steps()
-    except BaseException:
+        if keep_rng:
+            generators.put_back()
+        return result  # as late as this, Ctrl-C may come
+    except BaseException as error:
         snapshot.restore()
-        rng.set_states(generators)
-        raise
-    if keep_rng:
-        rng.set_states(generators)
-    return result
+        generators.put_back()
+        if isinstance(error, (PeftStateError, Warning)) or not isinstance(error, Exception):
+            raise
+        message = f"the adapter could not be loaded ({type(error).__name__}: {error})"
+        raise AdapterLoadError("adapters", message) from error

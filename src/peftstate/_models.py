@@ -11,7 +11,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
@@ -27,16 +27,22 @@ from peftstate._arguments import (
     plan_of,
     view_to_save,
 )
+from peftstate._calls import calling_peft
 from peftstate._loading import load_adapter, load_model
 from peftstate._policy import OnMismatch, Policy
+from peftstate._ranks import save_rank
 from peftstate._reproducible import keep_process
 from peftstate._saving import save
-from peftstate._source import read_source
+from peftstate._source import Source, read_source
 from peftstate._steps import LOCK, Plan
+from peftstate._tokenizer_files import check_beside
 from peftstate._warn import warn
 from peftstate.errors import TrainModeWarning
-from peftstate.sections import _origin
+from peftstate.sections import _merges, _origin
 from peftstate.sections._view import ModelView, keep_tokenizer
+
+if TYPE_CHECKING:
+    from peftstate._keys import SigningKey, TrustedKeys
 
 __all__ = [
     "PeftMixedModel",  # PEFT's own, which it can load but not save
@@ -70,6 +76,8 @@ class PeftModel(peft.PeftModel):
         fingerprint: str = "full",
         tokenizer: Any = None,
         prediction_probe: Mapping[str, torch.Tensor] | torch.Tensor | bool | None = None,
+        keep_merged_weights: bool = False,
+        sign_with: SigningKey | None = None,
         **kwargs: Any,
     ) -> None:
         """Save the adapters as PEFT does, and beside them the state that PEFT drops.
@@ -82,7 +90,8 @@ class PeftModel(peft.PeftModel):
             safe_serialization: As in PEFT.
             selected_adapters: As in PEFT.
             save_embedding_layers: As in PEFT.
-            is_main_process: As in PEFT: the other processes write nothing.
+            is_main_process: As in PEFT. Of several processes the others write nothing but the
+                states of their random generators.
             path_initial_model_for_weight_conversion: As in PEFT.
             fingerprint: What the digests of the base model cover: ``"full"``, every byte;
                 ``"sampled"``, some places of each tensor; ``"off"``, nothing.
@@ -91,10 +100,17 @@ class PeftModel(peft.PeftModel):
             prediction_probe: Inputs to predict on, now and after each load: a mapping as `forward`
                 takes it, a tensor of ids, or ``True`` for a fixed row of ids. The logits are
                 stored whole, so a few short texts do.
+            keep_merged_weights: Whether the weights that adapters are merged into are saved
+                themselves, beside the adapters. Else a load merges again, which gives the same
+                weights if they were the checkpoint's before and the adapters were merged once; if
+                that is not certain, a warning tells. It takes the space of these weights.
+            sign_with: The private key to sign the files with, as `sign` takes it. What a trainer
+                writes into the folder afterwards is not covered; call `sign` after that.
             **kwargs: As in PEFT.
 
         Raises:
-            SaveError: The state cannot be saved; `rescued` is a folder with what PEFT could save.
+            SaveError: The state cannot be saved, or not signed; `rescued` is a folder with what
+                could be saved.
             TypeError: The tokenizer or the probe is something else.
             ValueError: There is no such adapter or fingerprint, or no probe can be made up.
         """
@@ -102,6 +118,7 @@ class PeftModel(peft.PeftModel):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
         converts = path_initial_model_for_weight_conversion is not None
 
+        @calling_peft()
         def write(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
             # To convert, PEFT loads the initial adapter into this model, and takes its state then.
             given = kwargs if converts else {"state_dict": state, **kwargs}
@@ -126,10 +143,18 @@ class PeftModel(peft.PeftModel):
                 fingerprint=fingerprint,
                 tokenizer=tokenizer,
                 prediction_probe=prediction_probe,
+                keep_merged_weights=keep_merged_weights,
             )
-            keep_process(self, save(view, Path(save_directory), write, restores_base=converts))
+            saved = save(
+                view, Path(save_directory), write, restores_base=converts, sign_with=sign_with
+            )
+            keep_process(self, saved)
         else:
             write(Path(save_directory), {})
+            view = ModelView.of(self)
+            if selected_adapters is not None:
+                view = view.limited_to(selected_adapters)
+            save_rank(view, Path(save_directory))
 
     @classmethod
     def from_pretrained(
@@ -148,6 +173,7 @@ class PeftModel(peft.PeftModel):
         require_manifest: bool = False,
         adapters: Collection[str] | None = None,
         tokenizer: Any = None,
+        trusted_keys: TrustedKeys | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """Load the saved model onto a base model, in the state it was saved in, or raise.
@@ -164,7 +190,8 @@ class PeftModel(peft.PeftModel):
             autocast_adapter_dtype: As in PEFT, for an adapter without a manifest. With one, every
                 tensor gets the dtype it was saved in.
             ephemeral_gpu_offload: As in PEFT.
-            low_cpu_mem_usage: As in PEFT.
+            low_cpu_mem_usage: As in PEFT, for an adapter without a manifest. With one it is not
+                passed on: of some tuners PEFT makes fewer tensors then, or other ones.
             key_mapping: As in PEFT.
             on_mismatch: What to do about differences: ``"error"``, ``"warn"`` or ``"ignore"``,
                 for all or by section. What is ignored is not restored either. By default
@@ -174,6 +201,9 @@ class PeftModel(peft.PeftModel):
                 is always among them.
             tokenizer: The tokenizer, or the processor, that goes with the model. If one was saved
                 it must be the same; its sides, maximum length and chat template are set as saved.
+                Without it, that which lies in the folder is compared, if there is one.
+            trusted_keys: Load only what the owner of one of these public keys has signed, file by
+                file: each the path of a PEM file, the bytes of one, or a key of `cryptography`.
             **kwargs: As in PEFT.
 
         Raises:
@@ -181,11 +211,13 @@ class PeftModel(peft.PeftModel):
             IntegrityError: A file is not the one that was saved.
             StateMismatchError: The model differs from the saved one in what cannot be restored.
             RestoreError: Some state cannot be set.
+            SignatureError: The folder is not as the owner of a trusted key has signed it.
         """
         hub = hub_arguments(kwargs)
         policy = Policy.of(on_mismatch)
         check_tokenizer(tokenizer)
 
+        @calling_peft()
         def peft_load(source: str, trainable: bool, config: PeftConfig | None) -> peft.PeftModel:
             loaded: peft.PeftModel = peft.PeftModel.from_pretrained(
                 model,
@@ -195,42 +227,41 @@ class PeftModel(peft.PeftModel):
                 config,
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 ephemeral_gpu_offload=ephemeral_gpu_offload,
-                low_cpu_mem_usage=low_cpu_mem_usage,
+                low_cpu_mem_usage=low_cpu_mem_usage and folder is None,
                 key_mapping=key_mapping,
                 **kwargs,
             )
             return loaded
 
         with LOCK:
-            folder = folder_with_manifest(model_id, hub, require_manifest=require_manifest)
+            folder = folder_with_manifest(
+                model_id, hub, require_manifest=require_manifest, trusted_keys=trusted_keys
+            )
             if folder is None:
                 origin = _origin.observe(ModelView(model=model))
                 plain = peft_load(str(model_id), bool(is_trainable), config)
-                return _attach(plain, origin, tokenizer)
+                return attach_observed(plain, origin, tokenizer)
             for name in hub:
                 del kwargs[name]
             source = read_source(folder, adapters)
             plan = plan_of(policy, source, is_trainable=is_trainable)
             trainable = is_trainable_in_peft(source, policy, is_trainable=is_trainable)
-            loaded, origin = load_model(
+            if tokenizer is None:
+                check_beside(source.folder, source.manifest, policy)
+            return load_model(
                 model,
                 source,
                 names=live_names(source, adapter_name),
                 plan=plan,
                 inject=lambda path, saved: peft_load(str(path), trainable, config or saved),
-                load=lambda live, path, name: peft.PeftModel.load_adapter(live, str(path), name),
+                load=calling_peft()(
+                    lambda live, path, name: peft.PeftModel.load_adapter(live, str(path), name)
+                ),
+                finish=lambda loaded, origin: _finish(
+                    attach_observed(loaded, origin, tokenizer), source, is_trainable=is_trainable
+                ),
                 tokenizer=tokenizer,
             )
-        if is_trainable is False:  # which PEFT forgets of prompts
-            loaded.requires_grad_(requires_grad=False)
-        keep_process(loaded, source.manifest)
-        if is_trainable is None and any(module.training for module in loaded.modules()):
-            warn(
-                "The model is in train mode, as it was saved, so dropout is on where it has any. "
-                "For inference call model.eval(), or load it with is_trainable=False.",
-                TrainModeWarning,
-            )
-        return _attach(loaded, origin, tokenizer)
 
     def load_adapter(
         self,
@@ -245,6 +276,7 @@ class PeftModel(peft.PeftModel):
         *,
         on_mismatch: OnMismatch | None = None,
         require_manifest: bool = False,
+        trusted_keys: TrustedKeys | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load one more adapter, verified against the live base model.
@@ -258,10 +290,11 @@ class PeftModel(peft.PeftModel):
             torch_device: As in PEFT.
             autocast_adapter_dtype: As in PEFT, for an adapter without a manifest.
             ephemeral_gpu_offload: As in PEFT.
-            low_cpu_mem_usage: As in PEFT.
+            low_cpu_mem_usage: As in `from_pretrained`.
             key_mapping: As in PEFT.
             on_mismatch: As in `from_pretrained`.
             require_manifest: As in `from_pretrained`.
+            trusted_keys: As in `from_pretrained`.
             **kwargs: As in PEFT.
 
         Returns:
@@ -271,10 +304,12 @@ class PeftModel(peft.PeftModel):
             ManifestError: The manifest cannot be used.
             IntegrityError: A file is not the one that was saved.
             StateMismatchError: The base model is not the one that the adapter was saved with.
+            SignatureError: The folder is not as the owner of a trusted key has signed it.
         """
         hub = hub_arguments(kwargs)
         policy = Policy.of(on_mismatch)
 
+        @calling_peft()
         def peft_load(live: Any, path: str | Path, name: str) -> Any:
             return peft.PeftModel.load_adapter(
                 live,
@@ -284,13 +319,15 @@ class PeftModel(peft.PeftModel):
                 torch_device,
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 ephemeral_gpu_offload=ephemeral_gpu_offload,
-                low_cpu_mem_usage=low_cpu_mem_usage,
+                low_cpu_mem_usage=low_cpu_mem_usage and folder is None,
                 key_mapping=key_mapping,
                 **kwargs,
             )
 
         with LOCK:
-            folder = folder_with_manifest(model_id, hub, require_manifest=require_manifest)
+            folder = folder_with_manifest(
+                model_id, hub, require_manifest=require_manifest, trusted_keys=trusted_keys
+            )
             if folder is None:
                 return peft_load(self, str(model_id), adapter_name)
             for name in hub:
@@ -298,6 +335,18 @@ class PeftModel(peft.PeftModel):
             source = read_source(folder, ())
             plan = Plan(policy=policy, skipped=NOT_AN_ADAPTERS)
             return load_adapter(self, source, name=adapter_name, plan=plan, load=peft_load)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Merge adapters into the base model as PEFT does, and note whether a load can repeat it.
+
+        Args:
+            adapter_names: As in PEFT.
+            safe_merge: As in PEFT.
+        """
+        merge: Any = self.base_model.merge_adapter  # which prompts do not have
+        _merges.observe(self, lambda: merge(adapter_names, safe_merge), is_safe=safe_merge)
 
 
 class PeftModelForCausalLM(PeftModel, peft.PeftModelForCausalLM):
@@ -324,7 +373,7 @@ class PeftModelForTokenClassification(PeftModel, peft.PeftModelForTokenClassific
     """`peft.PeftModelForTokenClassification`, saved and loaded with its whole state."""
 
 
-_CLASSES: dict[type[peft.PeftModel], type[PeftModel]] = {
+CLASSES: dict[type[peft.PeftModel], type[PeftModel]] = {
     peft.PeftModel: PeftModel,
     peft.PeftModelForCausalLM: PeftModelForCausalLM,
     peft.PeftModelForFeatureExtraction: PeftModelForFeatureExtraction,
@@ -354,34 +403,50 @@ def attach(model: peft.PeftModel, *, tokenizer: Any = None) -> PeftModel:
     """
     check_tokenizer(tokenizer)
     if not isinstance(model, PeftModel):
-        return _attach(model, _origin.observe(ModelView.of(model)), tokenizer)
+        return attach_observed(model, _origin.observe(ModelView.of(model)), tokenizer)
     if tokenizer is not None:
         keep_tokenizer(model, tokenizer)
     return model
 
 
-def _attach(model: peft.PeftModel, origin: _origin.Origin, tokenizer: Any = None) -> PeftModel:
+def attach_observed(
+    model: peft.PeftModel, origin: _origin.Origin, tokenizer: Any = None
+) -> PeftModel:
     """Give a model its class, and what was seen of its base before it was trained."""
-    if type(model) not in _CLASSES:
-        known = ", ".join(cls.__name__ for cls in _CLASSES)
+    if type(model) not in CLASSES:
+        known = ", ".join(cls.__name__ for cls in CLASSES)
         raise TypeError(
             f"cannot attach to a {type(model).__name__}; it must be one of PEFT's {known}"
         )
     attached: Any = model
-    attached.__class__ = _CLASSES[type(model)]
+    attached.__class__ = CLASSES[type(model)]
     _origin.keep(attached, origin)
     keep_tokenizer(attached, tokenizer)
     ours: PeftModel = attached
     return ours
 
 
+def _finish(loaded: PeftModel, source: Source, *, is_trainable: bool | None) -> PeftModel:
+    """What comes last in a load: what else PEFT's promise of inference takes, and a warning."""
+    if is_trainable is False:  # which PEFT forgets of prompts
+        loaded.requires_grad_(requires_grad=False)
+    keep_process(loaded, source.manifest)
+    if is_trainable is None and any(module.training for module in loaded.modules()):
+        warn(
+            "The model is in train mode, as it was saved, so dropout is on where it has any. "
+            "For inference call model.eval(), or load it with is_trainable=False.",
+            TrainModeWarning,
+        )
+    return loaded
+
+
 @contextmanager
 def _as_pefts_own(model: PeftModel) -> Iterator[None]:
     """Have a model be of PEFT's own class for a while, so that what PEFT calls on it is PEFT's."""
     ours: Any = type(model)
-    theirs: Any = next(theirs for theirs, cls in _CLASSES.items() if cls is ours)
-    model.__class__ = theirs
+    theirs: Any = next(theirs for theirs, cls in CLASSES.items() if cls is ours)
     try:
+        model.__class__ = theirs
         yield
     finally:
         model.__class__ = ours
@@ -402,5 +467,6 @@ def get_peft_model(
         The wrapped model; with ``mixed=True`` PEFT's own `PeftMixedModel`, which PEFT cannot save.
     """
     origin = _origin.observe(ModelView(model=model))
-    wrapped = peft.get_peft_model(model, peft_config, *args, **kwargs)
-    return wrapped if isinstance(wrapped, PeftMixedModel) else _attach(wrapped, origin)
+    with calling_peft():
+        wrapped = peft.get_peft_model(model, peft_config, *args, **kwargs)
+    return wrapped if isinstance(wrapped, PeftMixedModel) else attach_observed(wrapped, origin)

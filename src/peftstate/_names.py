@@ -5,11 +5,13 @@ from __future__ import annotations
 import ntpath
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from peftstate._storage import RESERVED_PREFIX
 
-_DEVICE = re.compile(r"(con|prn|aux|nul|con(in|out)\$|(com|lpt)[0-9¹²³]) *(\..*)?", re.IGNORECASE)
+_DEVICE = re.compile(r"(con|prn|aux|nul|con(in|out)\$|(com|lpt)[0-9¹²³]) *([.:].*)?", re.IGNORECASE)
+_LONGEST = 255
+"""Bytes of UTF-8 that a part of a name may have, as on most file systems."""
 _HIDDEN = frozenset({"Cc", "Cs", "Zl", "Zp"})
 """The Unicode categories of control characters, surrogates and separators of lines."""
 
@@ -17,6 +19,7 @@ _FAULTS: tuple[tuple[Callable[[str], bool], str], ...] = (
     (lambda part: part == "", "has an empty part, or is absolute"),
     (lambda part: part in {".", ".."}, "has a part that is '.' or '..'"),
     (lambda part: "\\" in part, "has a backslash"),
+    (lambda part: len(part.encode("utf-8", "replace")) > _LONGEST, "has a part that is too long"),
     (lambda part: ntpath.splitdrive(part)[0] != "", "names a drive"),
     (lambda part: any(unicodedata.category(c) in _HIDDEN for c in part), "has a control character"),
     (lambda part: part[-1] in ". ", "has a part that ends in a dot or a space"),
@@ -41,9 +44,32 @@ def safe_name(name: str) -> str:
         ValueError: The name is not safe; the text says why.
     """
     if name.count("/") > 1:
-        raise ValueError(f"{name!r} has more than two parts")
+        raise ValueError(f"{_short(name)} has more than two parts")
     for part in name.split("/"):
         for is_faulty, fault in _FAULTS:
             if is_faulty(part):
-                raise ValueError(f"{name!r} {fault}")
+                raise ValueError(f"{_short(name)} {fault}")
     return name
+
+
+def check_twins(names: Iterable[str]) -> None:
+    """Refuse names that mean the same file where the case of letters is no difference.
+
+    Raises:
+        ValueError: Two of them do; the text says which.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        twin = seen.setdefault(unicodedata.normalize("NFC", name.casefold()), name)
+        if twin != name:
+            raise ValueError(f"{twin!r} and {name!r} are the same name on some systems")
+
+
+def _short(name: str) -> str:
+    """A name for a message, in quotes."""
+    return repr(name if len(name) <= _LONGEST else name[:80] + "…")
+
+
+def in_folder(folder: str, name: str) -> str:
+    """The name of a file in an adapter's folder, which is ``"."`` for the manifest's own."""
+    return name if folder == "." else f"{folder}/{name}"

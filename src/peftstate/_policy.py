@@ -21,6 +21,7 @@ _BY_DEFAULT: dict[str, Action] = {
     "implementation.hooks": "warn",  # NEFTune's and the like act in train mode only
     "implementation.kernels": "warn",  # nothing can put them back; the predictions tell
     "rng.accelerators": "warn",  # this machine may have other devices
+    "rng.process": "ignore",  # `rng` itself warns, and says what it restored
     "runtime": "warn",
 }
 """What is not an error, by section or by section and first field."""

@@ -24,10 +24,12 @@ class Report:
     Attributes:
         mismatches: Every difference, in the order of the sections.
         sections: Names of the sections that were compared.
+        notes: What is worth knowing and no difference, in sentences.
     """
 
     mismatches: tuple[Mismatch, ...]
     sections: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -35,7 +37,7 @@ class Report:
         return not self.mismatches
 
     def of(self, *sections: str) -> Report:
-        """The part of the report that concerns some sections."""
+        """The part of the report that concerns some sections, without notes."""
         return Report(
             tuple(mismatch for mismatch in self.mismatches if mismatch.section in sections),
             tuple(section for section in self.sections if section in sections),
@@ -60,6 +62,12 @@ class Report:
             return errors.IntegrityError(file, str(first.saved), str(first.found))
         return _ERRORS.get(first.section, errors.StateMismatchError)(self)
 
+    def _repr_html_(self) -> str:
+        """The report as a notebook shows it."""
+        from peftstate._html import report_html
+
+        return report_html(self)
+
     def __str__(self) -> str:
         differing = {mismatch.section for mismatch in self.mismatches}
         width = max(map(len, self.sections), default=0)
@@ -67,4 +75,5 @@ class Report:
         for section in self.sections:
             lines.append(f"{section:<{width}}  {'differs' if section in differing else 'ok'}")
             lines += [f"  {mismatch}" for mismatch in self.of(section).mismatches]
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)

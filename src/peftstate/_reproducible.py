@@ -67,7 +67,7 @@ def reproducible(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_variable(*_CUBLAS))
         stack.enter_context(runtime.applied(record, _deterministic(record)))
-        stack.callback(rng.set_states, rng.states())
+        stack.callback(_generators.Standing.now().put_back)
         stack.enter_context(_eval_mode(model))
         if seed is not None:
             _generators.seed_all(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,20 @@ import attrs
 import safetensors.torch
 
 from peftstate._digest import file_digest
+from peftstate._folder import AdapterFolder
+from peftstate._keys import UnusableKeyError
+from peftstate._names import in_folder, safe_name
+from peftstate._rank_files import stale as stale_rank_files
+from peftstate._ranks import rank_of
+from peftstate._rescue import reason_of_disk, rescue
+from peftstate._signing import key_to_save_with, sign_staged
+from peftstate._snapshot import Snapshot
+from peftstate._steps import unless_busy
 from peftstate._storage import (
     ADAPTER_CONFIG_NAME,
     MANIFEST_NAME,
     SIDECAR_NAME,
+    SIGNATURE_NAME,
     WEIGHTS_NAMES,
     UnfinishedSaveError,
     mark_removed,
@@ -28,12 +39,14 @@ from peftstate.errors import PeftStateError, SaveError, UnfinishedSaveWarning
 from peftstate.manifest import FileRecord, Manifest
 from peftstate.sections import SECTIONS, _origin, adapters, records_for_adapters
 from peftstate.sections._adapter_tensors import adapter_tensors, at_rest, live_tensors
+from peftstate.sections._process import this_process
 from peftstate.sections._tensors import sidecar_tensors, tensor_records
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from peftstate._keys import PrivateKey, SigningKey
     from peftstate.sections._view import ModelView
 
 WriteAdapter = Callable[[Path, dict[str, "torch.Tensor"]], None]
@@ -46,11 +59,19 @@ TOKENIZER_NAME = "tokenizer_config.json"
 def capture_sections(view: ModelView) -> dict[str, Any]:
     """The record of every section; the random generators first, before anything could draw."""
     ordered = sorted(SECTIONS, key=lambda section: section.name != "rng")
-    return {section.name: section.capture(view) for section in ordered if section.applies_to(view)}
+    records = {
+        section.name: section.capture(view) for section in ordered if section.applies_to(view)
+    }
+    return {**records, "rng": attrs.evolve(records["rng"], process=rank_of(view))}
 
 
 def save(
-    view: ModelView, directory: Path, write: WriteAdapter, *, restores_base: bool = False
+    view: ModelView,
+    directory: Path,
+    write: WriteAdapter,
+    *,
+    restores_base: bool = False,
+    sign_with: SigningKey | None = None,
 ) -> Manifest:
     """Save a model's adapters, and its state beside each of them.
 
@@ -60,35 +81,56 @@ def save(
         write: How PEFT writes them.
         restores_base: Whether PEFT converts an adapter whose initialisation rewrote the base model
             (PiSSA and its kin) into one for the base model as its checkpoint gives it.
+        sign_with: The key to sign the files with.
 
     Returns:
         The manifest of the folder, or of the first adapter's sub-folder if none is in the folder.
 
     Raises:
-        SaveError: The state cannot be saved. `rescued` is a folder that holds what PEFT saves.
+        SaveError: The state cannot be saved. `rescued` is a folder that holds what PEFT saves or,
+            when the key is at fault, everything unsigned.
     """
+    save_into: Callable[[Path], object]
     try:
-        return _save(view, directory, write, restores_base=restores_base)
+        with unless_busy():
+            key = None if sign_with is None else key_to_save_with(sign_with)
+            return _save(view, directory, write, restores_base=restores_base, key=key)
     except SaveError:
         raise
-    except OSError as error:
-        raise SaveError(f"{directory}: {error}.") from error
     except Exception as error:
         # Whatever the reason, days of training must not be lost to it.
-        rescued = _rescue(view, directory, write)
-        known = isinstance(error, (PeftStateError, ValueError))
-        reason = str(error) if known else f"{type(error).__name__}: {error}"
-        message = f"The state of the model cannot be saved: {reason.rstrip('. ')}."
+        if isinstance(error, UnusableKeyError):
+            message = f"The files cannot be signed: {error}."
+            save_into = partial(_save, view, write=write, restores_base=restores_base)
+        elif reason := reason_of_disk(error, directory):
+            message = f"{directory}: {reason}."
+            save_into = partial(_save, view, write=write, restores_base=restores_base)
+        else:
+            known = isinstance(error, (PeftStateError, ValueError))
+            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            message = f"The state of the model cannot be saved: {reason.rstrip('. ')}."
+            save_into = partial(_write_adapters, view, write=write, converts=restores_base)
+        rescued = rescue(directory, save_into)
+        if rescued is None and restores_base and isinstance(error, ValueError):
+            raise  # PEFT says of some configs that it cannot convert them
         raise SaveError(message, rescued=rescued) from error
 
 
 def _save(
-    view: ModelView, directory: Path, write: WriteAdapter, *, restores_base: bool
+    view: ModelView,
+    directory: Path,
+    write: WriteAdapter,
+    *,
+    restores_base: bool,
+    key: PrivateKey | None = None,
 ) -> Manifest:
     """Save, all or nothing."""
+    for folder in view.folders.values():
+        safe_name(in_folder(folder, ADAPTER_CONFIG_NAME))  # or no load would take it
     records = capture_sections(view)
     if restores_base:
-        original = _origin.originals(view, records["extra_tensors"].base)
+        names = records["extra_tensors"].among(records["base_model"].tensors)
+        original = _origin.originals(view, names)
         records["base_model"] = records["base_model"].with_original(original)
         records["extra_tensors"] = records["extra_tensors"].without(original)
     manifests: dict[str, Manifest] = {}
@@ -97,11 +139,13 @@ def _save(
             readme = directory / README_NAME
             if readme.is_file():  # PEFT adds to the one that is there
                 shutil.copyfile(readme, staging / README_NAME)
-            _write_adapters(view, staging, write)
-            _remove_stale(view, staging)
+            _write_adapters(view, staging, write, converts=restores_base)
+            _remove_stale(view, staging, directory)
             for view_of_folder, folder in _folders(view):
                 described = _for_folder(records, view_of_folder)
                 manifests[folder] = _write_state(described, view_of_folder, staging / folder)
+            if key is not None:
+                sign_staged(staging, directory, manifests, key)
     except UnfinishedSaveError as error:
         warn(str(error), UnfinishedSaveWarning)
     return next(iter(manifests.values()))
@@ -121,7 +165,7 @@ def _for_folder(records: Mapping[str, Any], view: ModelView) -> dict[str, Any]:
     return narrowed
 
 
-def _remove_stale(view: ModelView, staging: Path) -> None:
+def _remove_stale(view: ModelView, staging: Path, directory: Path) -> None:
     """Have files removed that an older save left and this one does not write.
 
     PEFT would load an old ``.safetensors`` file rather than a new ``.bin`` one, and transformers
@@ -130,11 +174,15 @@ def _remove_stale(view: ModelView, staging: Path) -> None:
     stale = [
         staging / folder / name
         for folder in view.folders.values()
-        for name in (*WEIGHTS_NAMES, SIDECAR_NAME)
+        for name in (*WEIGHTS_NAMES, SIDECAR_NAME, SIGNATURE_NAME)
     ]
     if (staging / TOKENIZER_NAME).exists():
         names = ["added_tokens.json", "chat_template.jinja", "special_tokens_map.json"]
         stale += [staging / name for name in names]
+    world_size = this_process().world_size
+    for folder in view.folders.values():
+        present = AdapterFolder.at(directory / folder).names()
+        stale += [staging / folder / name for name in stale_rank_files(present, world_size)]
     for file in stale:
         if not file.exists():
             mark_removed(file)
@@ -147,7 +195,7 @@ def _write_state(records: dict[str, Any], view: ModelView, folder: Path) -> Mani
     for name, record in records["adapters"].adapters.items():
         subfolder = folder / record.folder
         written[name], found = _describe_written(record, subfolder)
-        files |= {_in_folder(record.folder, file): value for file, value in found.items()}
+        files |= {in_folder(record.folder, file): value for file, value in found.items()}
     embeddings = _saved_embeddings(written, view)
     records["base_model"] = records["base_model"].with_shadowed(embeddings)
     records["extra_tensors"] = records["extra_tensors"].without(embeddings)
@@ -160,11 +208,6 @@ def _write_state(records: dict[str, Any], view: ModelView, folder: Path) -> Mani
     manifest = Manifest(sections=records, files=files)
     write_file(folder / MANIFEST_NAME, manifest.to_json())
     return manifest
-
-
-def _in_folder(folder: str, name: str) -> str:
-    """The name of a file in a manifest."""
-    return name if folder == "." else f"{folder}/{name}"
 
 
 def _describe_written(
@@ -211,6 +254,11 @@ def _refuse_unloadable(tensors: Mapping[str, torch.Tensor], live: Collection[str
                 f"the adapter's tensor {name!r} is empty: DeepSpeed ZeRO-3 keeps it in pieces; "
                 "save within deepspeed.zero.GatheredParameters, or pass the gathered state_dict="
             )
+        if tensor.ndim == 1 and name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise ValueError(
+                f"the adapter's tensor {name!r} is flat: it is a shard of FSDP's; pass the full "
+                "state_dict= that FSDP gathers"
+            )
 
 
 _WRAPPED = {
@@ -242,23 +290,17 @@ def _embeddings(
     return found
 
 
-def _rescue(view: ModelView, directory: Path, write: WriteAdapter) -> str | None:
-    """Save what PEFT saves, in a folder beside the one that was asked for."""
-    number = 0
-    while (rescue := directory.with_name(f"{directory.name}.rescued-{number}")).exists():
-        number += 1
-    try:
-        rescue.mkdir(parents=True)
-        _write_adapters(view, rescue, write)
-    except Exception:  # noqa: BLE001 - the error that led here is raised, and says more
-        return None
-    return str(rescue)
-
-
-def _write_adapters(view: ModelView, folder: Path, write: WriteAdapter) -> None:
+def _write_adapters(view: ModelView, folder: Path, write: WriteAdapter, *, converts: bool) -> None:
     """Have PEFT write the adapters into a folder, and leave the model as it is."""
-    with at_rest(view.model, next(iter(view.adapters.values()))):
-        write(folder, _detached(view.model))
+    model = view.model
+    # PEFT edits the configs, and to convert it loads another adapter; if it fails they stay.
+    snapshot = Snapshot.of(model) if converts else Snapshot.of_configs(model)
+    try:
+        with at_rest(model, next(iter(view.adapters.values()))):
+            write(folder, _detached(model))
+    except BaseException:
+        snapshot.restore()
+        raise
 
 
 def _detached(model: nn.Module) -> dict[str, torch.Tensor]:

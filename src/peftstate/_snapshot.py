@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from typing import Any
 
 import attrs
@@ -32,11 +32,37 @@ class _Attributes:
     def restore(self) -> None:
         """Put the attributes back; a container stays the object that others may refer to."""
         for name, content in self.contents.items():
-            container = self.values[name]
-            container.clear()
-            getattr(container, "extend" if isinstance(content, list) else "update")(content)
-        self.owner.clear()
-        self.owner.update(self.values)
+            _put_back(self.values[name], content)
+        _put_back(self.owner, self.values)
+
+
+def _put_back(container: Any, content: Any) -> None:
+    """Make a container hold again what it held.
+
+    What did not change is never missing meanwhile: another thread may be running the model.
+    """
+    if isinstance(container, MutableMapping):
+        _put_back_items(container, content)
+    elif isinstance(container, MutableSet):
+        container |= content - container
+        container &= content
+    elif isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        container.extend(content)
+
+
+def _put_back_items(mapping: MutableMapping[Any, Any], items: Mapping[Any, Any]) -> None:
+    """Make a mapping hold again what it held, in the same order."""
+    for key, value in items.items():
+        if key not in mapping or mapping[key] is not value:
+            mapping[key] = value
+    for key in [key for key in mapping if key not in items]:
+        del mapping[key]
+    if list(mapping) != list(items):
+        mapping.clear()
+        mapping.update(items)
 
 
 @attrs.frozen
@@ -55,7 +81,7 @@ class Snapshot:
     def of(cls, model: nn.Module) -> Snapshot:
         """Take a snapshot."""
         tensors = {id(tensor): tensor for tensor in _tensors(model)}
-        owners = [*model.modules(), *_configs(model)]
+        owners = [*model.modules(), *_configs(model), *_peft_configs(model)]
         inner = [getattr(tensor, "quant_state", None) for tensor in tensors.values()]
         inner += [getattr(module, "state", None) for module in model.modules()]  # of 8-bit layers
         owners += [
@@ -67,6 +93,11 @@ class Snapshot:
             tuple(_Attributes.of(owner) for owner in owners),
             tuple((tensor, tensor.data, tensor.requires_grad) for tensor in tensors.values()),
         )
+
+    @classmethod
+    def of_configs(cls, model: nn.Module) -> Snapshot:
+        """Take a snapshot of nothing but the configs of a PEFT model's adapters."""
+        return cls(tuple(_Attributes.of(config) for config in _peft_configs(model)), ())
 
     def restore(self) -> None:
         """Put everything back."""
@@ -90,3 +121,9 @@ def _configs(model: nn.Module) -> Iterator[Any]:
     for found in (config, getattr(model, "generation_config", None), *inner):
         if hasattr(found, "__dict__"):
             yield found
+
+
+def _peft_configs(model: nn.Module) -> list[Any]:
+    """The configs of the adapters."""
+    configs = getattr(model, "peft_config", None)
+    return list(configs.values()) if isinstance(configs, dict) else []

@@ -15,6 +15,7 @@ from peftstate._policy import Policy
 from peftstate._report import Report
 from peftstate.errors import PeftStateError, RestoreError
 from peftstate.sections import SECTIONS
+from peftstate.sections._tensors import sidecar_tensors
 
 if TYPE_CHECKING:
     from peftstate.manifest import Manifest
@@ -24,6 +25,24 @@ if TYPE_CHECKING:
 LOCK = threading.RLock()
 """Held by every load of ours: transformers sets the default dtype of the whole process while it
 loads, and PEFT's registries are plain dictionaries."""
+_PATIENCE = 10.0
+"""Seconds that a save waits for a load, which may be downloading a base model."""
+
+
+@contextmanager
+def unless_busy() -> Iterator[None]:
+    """Keep loads of other threads out while a model is saved, unless one takes too long.
+
+    Nothing can keep a save from being made for ever: it may be what a signal handler does before
+    the process has to end.
+    """
+    held = False
+    try:
+        held = LOCK.acquire(timeout=_PATIENCE)
+        yield
+    finally:
+        if held:
+            LOCK.release()
 
 
 @attrs.frozen(kw_only=True)
@@ -76,14 +95,23 @@ def _compare(
 ) -> tuple[Mismatch, ...]:
     """The differences between a record and the model."""
     saved = manifest.sections[section.name]
-    return section.compare(saved, capture(view, saved))
+    with _handling(section, "the model could not be compared with the saved state"):
+        return section.compare(saved, capture(view, saved))
 
 
 def prepare_base(view: ModelView, manifest: Manifest, plan: Plan) -> None:
-    """Bring the bare base model into the saved state."""
+    """Bring the bare base model into the saved state.
+
+    What it needs memory for must be in the files that were read: a number in a manifest is no
+    reason to make a model larger.
+    """
+    shapes = {tuple(tensor.shape) for tensor in sidecar_tensors(manifest.sections)}
+    for adapter in manifest.sections["adapters"].adapters.values():
+        shapes |= {tuple(tensor.shape) for tensor in adapter.tensors.values()}
+    view = attrs.evolve(view, saved_shapes=frozenset(shapes))
     for section in plan.sections(view, manifest):
         if section.prepare is not None:
-            with _restoring(section):
+            with _handling(section, _NOT_SET):
                 section.prepare(manifest.sections[section.name], view)
 
 
@@ -94,20 +122,23 @@ def restore_sections(view: ModelView, manifest: Manifest, plan: Plan) -> None:
     steps += [(section, section.finish) for section in sections]
     for section, step in steps:
         if step is not None:
-            with _restoring(section):
+            with _handling(section, _NOT_SET):
                 step(manifest.sections[section.name], view)
 
 
 @contextmanager
-def _restoring(section: Section[Any]) -> Iterator[None]:
-    """Say which section it was that could not be restored."""
+def _handling(section: Section[Any], failure: str) -> Iterator[None]:
+    """Say which section it was that failed, whatever a library raised over it."""
     try:
         yield
     except PeftStateError:
         raise
     except Exception as error:
-        message = f"the saved state could not be set ({type(error).__name__}: {error})"
+        message = f"{failure} ({type(error).__name__}: {error})"
         raise RestoreError(section.name, message) from error
+
+
+_NOT_SET = "the saved state could not be set"
 
 
 def compare_restored(view: ModelView, manifest: Manifest, plan: Plan) -> Report:

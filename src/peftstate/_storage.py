@@ -29,6 +29,7 @@ from peftstate._saver import STAGING_PREFIX, is_abandoned, staging_name
 
 MANIFEST_NAME = "peftstate.json"
 SIDECAR_NAME = "peftstate.tensors"
+SIGNATURE_NAME = "model.sig"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 """What PEFT may call the weights; it takes the first that is there."""
@@ -67,11 +68,12 @@ def staged(directory: Path) -> Iterator[Path]:
         UnfinishedSaveError: The save is committed, but files could not be moved to their places.
         OSError: Nothing was replaced, and the staging folder is gone.
     """
+    is_new = not directory.is_dir()
     directory = _make_folder(directory)
     with staging_name() as name:
         staging = directory / name
-        staging.mkdir()
         try:
+            staging.mkdir()
             with alone(directory, seconds=_PATIENCE):
                 _clear_up(directory, now=staging.stat().st_mtime)
             yield staging
@@ -81,6 +83,9 @@ def staged(directory: Path) -> Iterator[Path]:
                 _finish_committed(directory)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
+            if is_new:
+                with contextlib.suppress(OSError):  # another saver has put something into it
+                    directory.rmdir()
             raise
 
 

@@ -6,8 +6,11 @@ PeftStateError
 │  ├─ ManifestDecodeError           also ValueError; .field
 │  └─ SchemaVersionError            .found .supported
 ├─ IntegrityError                   .file .expected .actual
+│  └─ UnreadableFileError
+├─ SignatureError                   .path .reason
 ├─ SaveError                        .rescued
 ├─ RestoreError                     .section
+│  └─ AdapterLoadError              also ValueError, RuntimeError
 └─ StateMismatchError               .mismatches .report
    ├─ BaseModelMismatchError        ├─ QuantizationMismatchError
    ├─ DtypeMismatchError            ├─ AdapterMismatchError
@@ -20,12 +23,16 @@ PeftStateWarning
 ├─ MissingManifestWarning
 ├─ StateMismatchWarning
 ├─ TrainModeWarning
+├─ UnverifiedWarning
+├─ MergedWeightsWarning
 └─ UnfinishedSaveWarning
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from peftstate._diff import printable
 
 if TYPE_CHECKING:
     from peftstate._diff import Mismatch
@@ -107,7 +114,7 @@ class SchemaVersionError(ManifestError):
 
 
 class IntegrityError(PeftStateError):
-    """The bytes on disk are not the bytes that were saved.
+    """The bytes on disk are not the bytes that were saved, as far as they can be read.
 
     Attributes:
         file: The file, or the file and the tensor in it.
@@ -115,14 +122,38 @@ class IntegrityError(PeftStateError):
         actual: What is there.
     """
 
+    remedy: ClassVar[str] = (
+        "The file changed after it was saved: restore it from a copy, or save again."
+    )
+
     def __init__(self, file: str, expected: str, actual: str) -> None:
-        super().__init__(
-            f"{file}: saved {expected}, found {actual}. "
-            "The file changed after it was saved: restore it from a copy, or save again."
-        )
+        super().__init__(f"{file}: saved {expected}, found {actual}. {self.remedy}")
         self.file = file
         self.expected = expected
         self.actual = actual
+
+
+class SignatureError(PeftStateError):
+    """A folder is not as somebody signed it whose key is trusted, or nobody has signed it.
+
+    Attributes:
+        path: The signature file, or the file that it does not fit or does not cover.
+        reason: What is wrong, and what to do.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{printable(path)}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class UnreadableFileError(IntegrityError):
+    """A file is there, but the system does not let this process read it; the cause is chained."""
+
+    remedy = "Let this process read it, or restore it from a copy."
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(file, "a file", f"one that cannot be read ({reason})")
 
 
 class SaveError(PeftStateError):
@@ -148,6 +179,13 @@ class RestoreError(PeftStateError):
     def __init__(self, section: str, message: str) -> None:
         super().__init__(f"{section}: {message}")
         self.section = section
+
+
+class AdapterLoadError(RestoreError, ValueError, RuntimeError):
+    """An adapter could not be loaded, for instance since its config makes no sense to PEFT.
+
+    It is a `ValueError` and a `RuntimeError` too, which PEFT itself raises then.
+    """
 
 
 class StateMismatchError(PeftStateError):
@@ -286,5 +324,17 @@ class TrainModeWarning(PeftStateWarning):
     """The model came back in train mode, as it was saved, so dropout is on."""
 
 
+class UnverifiedWarning(PeftStateWarning):
+    """What was saved or loaded went a way that peftstate does not cover."""
+
+
+class MergedWeightsWarning(PeftStateWarning):
+    """A load may not get the merged weights that are in memory by merging again."""
+
+
 class UnfinishedSaveWarning(PeftStateWarning):
     """A save is complete, but its files could not all be moved to where other programs look."""
+
+
+class RankStateWarning(PeftStateWarning):
+    """The random generators of one of several processes could not be saved, or not be restored."""

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
 
 from peftstate import __version__
 from peftstate._codec import DecodeError, canonical, decode, dumps, encode, loads
-from peftstate._diff import Json, join, step
+from peftstate._diff import Json, join, printable, step
 from peftstate._digest import seal_digest
-from peftstate._names import safe_name
+from peftstate._names import check_twins, safe_name
+from peftstate._upgrades import UPGRADES
 from peftstate.errors import IntegrityError, ManifestDecodeError, SchemaVersionError
 from peftstate.sections import SECTIONS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """The schema that is written; all from 1 up to it are read."""
 
 MAX_BYTES = 64 * 1024 * 1024
 """Size that a manifest may have; that of a model with 10,000 tensors has 2 MB."""
-
-_UPGRADES: dict[int, Callable[[dict[str, Json]], dict[str, Json]]] = {}
-"""How a manifest of one schema version becomes one of the next."""
 
 _KEYS = frozenset({"schema_version", "peftstate_version", "sections", "files", "digest"})
 
@@ -56,15 +54,30 @@ class Manifest:
     peftstate_version: str = __version__
     schema_version: int = SCHEMA_VERSION
 
+    def _repr_html_(self) -> str:
+        """The manifest as a notebook shows it."""
+        from peftstate._html import manifest_html
+
+        return manifest_html(self)
+
     def to_json(self) -> bytes:
-        """The manifest as it is written: the same bytes for the same state."""
+        """The manifest as it is written: the same bytes for the same state.
+
+        Raises:
+            ValueError: It is so large, or has such names, that no load would take it.
+        """
         content: dict[str, Json] = {
             "schema_version": self.schema_version,
             "peftstate_version": self.peftstate_version,
             "sections": encode_sections(self.sections),
             "files": {name: encode(record) for name, record in self.files.items()},
         }
-        return dumps({**content, "digest": seal_digest(canonical(content))})
+        data = dumps({**content, "digest": seal_digest(canonical(content))})
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"the manifest would have {len(data)} bytes; it may have {MAX_BYTES}")
+        loads(data)
+        check_twins(self.files)
+        return data
 
     @classmethod
     def from_json(cls, data: bytes, *, path: str) -> Manifest:
@@ -88,7 +101,7 @@ class Manifest:
                 schema_version=SCHEMA_VERSION,
             )
         except DecodeError as error:
-            raise ManifestDecodeError(path, str(error), field=error.field) from None
+            raise ManifestDecodeError(path, str(error), field=printable(error.field)) from None
 
 
 def encode_sections(sections: Mapping[str, Any]) -> dict[str, dict[str, Json]]:
@@ -116,7 +129,7 @@ def _checked(value: Json, path: str) -> dict[str, Json]:
     if value["digest"] != seal:
         raise IntegrityError(path, f"digest {value['digest']}", f"digest {seal}")
     for number in range(version, SCHEMA_VERSION):
-        content = _UPGRADES[number](content)
+        content = UPGRADES[number](content)
     return content
 
 
@@ -152,6 +165,10 @@ def _decode_files(value: Json) -> dict[str, FileRecord]:
         except ValueError as error:
             inner = error.field if isinstance(error, DecodeError) else ""
             raise DecodeError(str(error), field=join(f"files[{name}]", inner)) from None
+    try:
+        check_twins(records)
+    except ValueError as error:
+        raise DecodeError(str(error), field="files") from None
     return records
 
 

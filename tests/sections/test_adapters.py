@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import attrs
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from peftstate import PeftModel
+from peftstate._diff import ABSENT
+from peftstate.errors import BaseModelMismatchError
 from peftstate.sections import adapters
 from peftstate.sections._view import ModelView
 from peftstate.sections.adapters import NOT_IN_CONFIG, SECTION, AdaptersRecord
@@ -244,14 +247,14 @@ def test_scaling_of_one_adapter_alone_is_restored(make):
     assert layer.scaling == {"default": 5.0, "second": 4.0}
 
 
-@pytest.mark.parametrize("names", [["default"], ["default", "second"]])
+@pytest.mark.parametrize("names", [["default"], ["default", "second"], ["second", "default"]])
 def test_merged_adapters_are_merged_again(names, make, logits):
     """In the same order, since merging rounds; and they can be taken out again."""
     model, other = make("bf16"), make("bf16")
     model.base_model.set_adapter(names)
     model.merge_adapter(names)
     record = capture(model)
-    assert record.merged == tuple(sorted(names))
+    assert record.merged == tuple(names)
     assert restore(record, other) == []
     assert torch.equal(logits(other), logits(model))
     weights = [found.get_submodule(f"{Q_PROJ}.base_layer").weight for found in (model, other)]
@@ -303,13 +306,14 @@ def test_load_gives_the_adapters_in_their_state(  # noqa: PLR0917 - fixtures
     assert torch.equal(logits(model), expected)
 
 
-# PEFT, of what it left out of its file; the sidecar has it
-@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
 @pytest.mark.parametrize("name", ["mlp", "layers", "q_proj", "lora_A"])
 def test_adapter_named_like_a_module_costs_the_others_nothing(
     name, tmp_path, load_base, with_lora, logits
 ):
-    """PEFT drops from a file what has another adapter's name in its own (peft#3584)."""
+    """PEFT drops from a file what has another adapter's name in its own (peft#3584).
+
+    It warns of that when it loads, which it must not, for the sidecar has it.
+    """
     model = with_lora(load_base("fp32"))
     model.add_adapter(name, peft.LoraConfig(target_modules=["v_proj"], r=2))
     model.eval()
@@ -317,3 +321,72 @@ def test_adapter_named_like_a_module_costs_the_others_nothing(
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(load_base("fp32"), tmp_path)
     assert torch.equal(logits(loaded), expected)
+
+
+def test_other_words_of_peft_are_heard(tmp_path, load_base, with_lora, monkeypatch):
+    """Only what the sidecar has is not warned of, and only by PEFT's one warning."""
+    model = with_lora(load_base())
+    model.add_adapter("mlp", peft.LoraConfig(target_modules=["v_proj"], r=2))
+    model.save_pretrained(tmp_path)
+    load = peft.PeftModel.from_pretrained.__func__
+
+    def talkative(*args: Any, **keywords: Any) -> Any:
+        missing = "Found missing adapter keys while loading the checkpoint: ['a.b']."
+        warnings.warn(missing, stacklevel=1)
+        warnings.warn("something else", FutureWarning, stacklevel=1)
+        return load(*args, **keywords)
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", classmethod(talkative))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        PeftModel.from_pretrained(load_base(), tmp_path, is_trainable=False)
+    texts = [str(item.message) for item in caught if item.filename == __file__]
+    assert texts == [
+        "Found missing adapter keys while loading the checkpoint: ['a.b'].",
+        "something else",
+    ]
+    assert sum("missing adapter keys" in str(item.message) for item in caught) == 1
+
+
+def test_no_adapters_to_save(tmp_path, load_base, with_lora):
+    """An empty selection is a mistake of the caller, and is called so."""
+    with pytest.raises(ValueError, match="selected_adapters is empty") as caught:
+        with_lora(load_base()).save_pretrained(tmp_path, selected_adapters=[])
+    assert str(caught.value) == (
+        "selected_adapters is empty, so there is nothing to save; leave it out to save all "
+        "adapters, or name some of ['default']."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_that_are_left_out(tmp_path, load_base, with_lora):
+    """`layer_replication` can drop a layer, of which the base model in memory is then without."""
+    model = with_lora(load_base(), layer_replication=[(0, 1), (0, 1)])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(BaseModelMismatchError) as caught:
+        PeftModel.from_pretrained(load_base(), tmp_path)
+    names = sorted(f"model.layers.1.{name}" for name in LAYER)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{len(names)} values differ from the saved state:"
+    assert lines[-2:] == [
+        "Load the base model that the adapter was trained on, at the same revision.",
+        'To load all the same, pass on_mismatch={"base_model": "warn"}.',
+    ]
+    assert [(item.field, item.saved) for item in caught.value.mismatches] == [
+        (f"tensors[{name}]", ABSENT) for name in names
+    ]
+
+
+LAYER = [
+    "input_layernorm.weight",
+    "mlp.down_proj.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "post_attention_layernorm.weight",
+    *(
+        f"self_attn.{name}_proj.{leaf}"
+        for name in ("k", "o", "q", "v")
+        for leaf in ("bias", "weight")
+    ),
+]
+"""The tensors of a layer of the tiny Llama."""

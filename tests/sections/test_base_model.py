@@ -15,8 +15,9 @@ import peftstate
 from peftstate import PeftModel
 from peftstate.errors import BaseModelMismatchError, StateMismatchWarning
 from peftstate.sections import base_model
+from peftstate.sections._model_config import NOT_IN_CONFIG, RESTORED_CONFIG
 from peftstate.sections._view import ModelView
-from peftstate.sections.base_model import NOT_IN_CONFIG, RESTORED_CONFIG, SECTION, BaseModelRecord
+from peftstate.sections.base_model import SECTION, BaseModelRecord
 
 NORM = "model.norm.weight"
 

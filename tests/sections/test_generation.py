@@ -76,7 +76,7 @@ EXAMPLES: dict[str, Any] = {
     "return_dict_in_generate": True,
     "return_legacy_cache": True,
     "sequence_bias": [[[1, 2], -10.0]],
-    "speculation_type": "prompt_lookup",
+    "speculation_type": "dflash",
     "stop_strings": ["\n\n"],
     "suppress_tokens": [3],
     "target_lookbehind": 7,

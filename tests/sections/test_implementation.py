@@ -8,13 +8,17 @@ from typing import Any
 
 import accelerate
 import attrs
+import datasets
 import peft
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+import peftstate
+from peftstate.errors import StateMismatchWarning
 from peftstate.sections import implementation
 from peftstate.sections._view import ModelView
 from peftstate.sections.implementation import SECTION, AutocastRecord, ImplementationRecord
@@ -271,3 +275,102 @@ def test_kernels_on_a_single_module_are_seen(models):
     patched.__module__ = "unsloth.kernels"
     layer.forward = patched
     assert capture(model).kernels == {type(layer).__name__: "unsloth.kernels"}
+
+
+# Trainings
+
+
+@pytest.fixture
+def trained(load_base, tmp_path):
+    """Trains a model for two steps, and saves it after each: `trained(**arguments)`."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    def train(**arguments: Any) -> Any:
+        model = peft.get_peft_model(
+            load_base(), peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+        )
+        row = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}
+        trainer = transformers.Trainer(
+            model=model,
+            args=transformers.TrainingArguments(
+                tmp_path / "run", max_steps=2, save_steps=1, report_to=[], use_cpu=True, **arguments
+            ),
+            train_dataset=datasets.Dataset.from_list([row] * 4),
+            callbacks=[peftstate.PeftStateCallback()],
+        )
+        trainer.train()
+        trainer.save_model(tmp_path / "final")
+        return trainer.model
+
+    yield train
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def load(load_base: Any, folder: Any) -> Any:
+    """Load a folder for inference."""
+    return peftstate.PeftModel.from_pretrained(load_base(), folder, is_trainable=False)
+
+
+def test_neftune_is_told_of_a_checkpoint_in_the_middle(trained, load_base, logits, tmp_path):
+    """The hook adds noise while training only, and the trainer takes it off at the end."""
+    model = trained(neftune_noise_alpha=5.0).eval()
+    hooks = r"hooks\[model\.embed_tokens\]: saved \[.*neftune_post_forward_hook"
+    with pytest.warns(StateMismatchWarning, match=hooks):
+        checkpoint = load(load_base, tmp_path / "run" / "checkpoint-2")
+    assert torch.equal(logits(checkpoint), logits(model))
+    record = peftstate.read_manifest(tmp_path / "final").sections["implementation"]
+    assert not any("neftune" in name for names in record.hooks.values() for name in names)
+    assert torch.equal(logits(load(load_base, tmp_path / "final")), logits(model))
+
+
+# accelerate, of how it enters autocast
+@pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")
+def test_the_autocast_of_a_training_is_in_its_saves(trained, load_base, logits, tmp_path):
+    """Under ``bf16=True`` the model in memory computes in bf16, and so does what is reloaded."""
+    model = trained(bf16=True).eval()
+    expected = logits(model)
+    for folder in ("run/checkpoint-2", "final"):
+        loaded = load(load_base, tmp_path / folder)
+        assert capture(loaded).autocast == AutocastRecord(
+            dtype="bfloat16", enabled=True, cache_enabled=True
+        )
+        assert torch.equal(logits(loaded), expected)
+    plain = peft.PeftModel.from_pretrained(load_base(), tmp_path / "final").eval()
+    assert not torch.equal(logits(plain), expected)
+
+
+def test_kernels_of_a_training_are_told(load_base, with_lora, tmp_path, monkeypatch):
+    """A model that was saved under Liger's kernels, and is loaded in a process without them."""
+    model = with_lora(load_base()).eval()
+    norm = type(model.get_base_model().model.norm)
+    plain = norm.forward
+
+    def forward(self: Any, states: torch.Tensor) -> Any:
+        return plain(self, states)
+
+    forward.__module__ = "liger_kernel.transformers.rms_norm"
+    monkeypatch.setattr(norm, "forward", forward)
+    model.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    with pytest.warns(
+        StateMismatchWarning,
+        match=r"kernels\.LlamaRMSNorm: saved 'liger_kernel\.transformers\.rms_norm', found absent",
+    ):
+        peftstate.PeftModel.from_pretrained(load_base(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pre", "post"])
+def test_a_hook_that_was_left_behind_is_told(kind, load_base, with_lora, tmp_path):
+    """On whatever module, before or after its forward."""
+    model = with_lora(load_base()).eval()
+    layer = model.get_base_model().model.layers[1].self_attn
+
+    def probe(*_: Any) -> None:
+        """Changes nothing, which nobody can know."""
+
+    register = layer.register_forward_pre_hook if kind == "pre" else layer.register_forward_hook
+    register(probe)
+    model.save_pretrained(tmp_path)
+    name = r"hooks\[model\.layers\.1\.self_attn\]: saved \[.*probe"
+    with pytest.warns(StateMismatchWarning, match=name):
+        peftstate.PeftModel.from_pretrained(load_base(), tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from peftstate import PeftModel
+from peftstate.errors import BaseModelMismatchError, SaveError
 from peftstate.sections import rng
 from peftstate.sections._tensors import SidecarTensor, sidecar_tensors, with_tensors
 from peftstate.sections._view import ModelView
@@ -139,15 +142,94 @@ def test_record_without_its_sidecar_cannot_be_restored():
     assert differences(before) == []
 
 
-def test_other_generator_of_numpy_is_refused():
-    """Its state would not fit the manifest; a save that left it out would be a lie."""
+KINDS = ["MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"]
+
+
+@pytest.fixture
+def numpy_generator():
+    """Sets numpy's global generator: `numpy_generator(one)`; afterwards it is the old one."""
     before = np.random.get_bit_generator()
-    np.random.set_bit_generator(np.random.PCG64(1))
-    try:
-        with pytest.raises(ValueError, match="numpy's global generator is a PCG64"):
-            rng.capture(VIEW)
-    finally:
-        np.random.set_bit_generator(before)
+    yield np.random.set_bit_generator
+    np.random.set_bit_generator(before)
+
+
+class Elsewhere(np.random.PCG64):
+    """A generator of another package."""
+
+
+@pytest.mark.parametrize("before", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_numpys_generator_comes_back(kind, before, numpy_generator):
+    """Whatever kind the process has when it is restored; a number half used goes on, too."""
+    numpy_generator(getattr(np.random, kind)(7))
+    np.random.randint(9, dtype=np.uint32)
+    np.random.randn()
+    record = capture()
+    assert record.numpy.generator == kind
+    expected = numbers(), np.random.randint(2**31, size=5, dtype=np.uint32).tolist()
+    numpy_generator(getattr(np.random, before)(8))
+    rng.restore(record, VIEW)
+    assert differences(record) == []
+    assert (numbers(), np.random.randint(2**31, size=5, dtype=np.uint32).tolist()) == expected
+
+
+def test_a_generator_that_is_not_numpys_is_refused(numpy_generator):
+    """Its state would not fit the manifest; a save that left it out would be a lie."""
+    numpy_generator(Elsewhere(1))
+    with pytest.raises(ValueError, match="numpy's global generator is a Elsewhere"):
+        rng.capture(VIEW)
+
+
+@pytest.mark.parametrize("kind", ["Elsewhere", "Generator", "__class__", ""])
+def test_no_other_kind_can_be_set(kind):
+    """A manifest can name numpy's own."""
+    record = capture()
+    record = attrs.evolve(record, numpy=attrs.evolve(record.numpy, generator=kind))
+    before = capture()
+    with pytest.raises(ValueError, match="of which the state cannot be saved"):
+        rng.restore(record, VIEW)
+    assert differences(before) == []
+
+
+@pytest.mark.parametrize("cls", [np.random.PCG64, Elsewhere])
+@pytest.mark.parametrize("is_trainable", [None, False])
+def test_a_load_leaves_any_generator_that_it_is_not_to_restore(  # noqa: PLR0917
+    cls, is_trainable, numpy_generator, load_base, with_lora, tmp_path
+):
+    """Also one whose state cannot be saved, and also if the load fails."""
+    with_lora(load_base()).eval().save_pretrained(tmp_path)
+    ours = cls(3)
+    numpy_generator(ours)
+    policy = {"rng": "ignore"} if is_trainable is None else None
+    before = np.random.get_state(legacy=False)
+    base = load_base()
+    base.model.norm.weight.data += 1
+    with pytest.raises(BaseModelMismatchError):
+        PeftModel.from_pretrained(base, tmp_path, on_mismatch=policy, is_trainable=is_trainable)
+    PeftModel.from_pretrained(load_base(), tmp_path, on_mismatch=policy, is_trainable=is_trainable)
+    assert np.random.get_bit_generator() is ours
+    assert np.random.get_state(legacy=False) == before
+
+
+def test_a_generator_that_cannot_be_saved_loses_no_training(
+    numpy_generator, load_base, with_lora, tmp_path
+):
+    """The error says what to do and where the adapter lies meanwhile."""
+    numpy_generator(Elsewhere(1))
+    model = with_lora(load_base())
+    with pytest.raises(SaveError, match="numpy's global generator is a Elsewhere") as caught:
+        model.save_pretrained(tmp_path / "adapter")
+    assert (Path(caught.value.rescued) / "adapter_model.safetensors").exists()
+
+
+def test_a_probe_runs_under_any_generator(numpy_generator, load_base, with_lora, tmp_path):
+    """Its forward pass is seeded, which numpy's other kinds do not take."""
+    ours = np.random.PCG64(3)
+    numpy_generator(ours)
+    model = with_lora(load_base()).eval()
+    model.save_pretrained(tmp_path, prediction_probe=True)
+    PeftModel.from_pretrained(load_base(), tmp_path)
+    assert np.random.get_bit_generator() is ours
 
 
 @attrs.define

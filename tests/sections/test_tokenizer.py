@@ -231,7 +231,9 @@ def test_no_other_side_can_be_set():
 def test_a_processor_is_looked_into():
     """Of a multimodal processor the tokenizer is recorded, and the template is its own."""
     inner = make_tokenizer(padding_side="left")
-    processor = types.SimpleNamespace(tokenizer=inner, chat_template=TEMPLATE)
+    processor = types.SimpleNamespace(
+        tokenizer=inner, chat_template=TEMPLATE, save_pretrained=inner.save_pretrained
+    )
     record = section.capture(view(processor))
     assert record.padding_side == "left"
     assert record.chat_templates == {"default": TEMPLATE}

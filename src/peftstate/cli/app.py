@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from peftstate.cli import diff, run, schema, show, verify
+from peftstate.cli import base_args, diff, run, schema, show, sign, verify
 
 app = typer.Typer(
     name="peftstate",
@@ -17,6 +17,8 @@ app.command()(show.show)
 app.command()(verify.verify)
 app.command()(diff.diff)
 app.command(cls=run.RunCommand, options_metavar=run.USAGE)(run.run)
+app.command()(sign.sign)
+app.command()(base_args.base_args)
 app.command()(schema.schema)
 
 

@@ -13,8 +13,12 @@ import peft
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peftstate._files import read_manifest
+from peftstate._folder import AdapterFolder
 from peftstate._models import PeftModel, attach
+from peftstate._rank_files import rank_files, rank_of_name
+from peftstate._ranks import save_rank
 from peftstate._storage import ADAPTER_CONFIG_NAME, MANIFEST_NAME
+from peftstate.sections._view import ModelView
 
 logger = logging.getLogger("peftstate")
 
@@ -24,7 +28,8 @@ class PeftStateCallback(TrainerCallback):
 
     Pass it to the trainer: ``SFTTrainer(…, callbacks=[PeftStateCallback()])``. It attaches to the
     model as soon as the trainer is built, which is after TRL has wrapped it and before anything
-    else does. For the pushes it wraps a method of `Trainer`.
+    else does. For the pushes, and for the random generators of further ranks, it wraps methods of
+    `Trainer`.
     """
 
     def on_init_end(
@@ -41,6 +46,7 @@ class PeftStateCallback(TrainerCallback):
         if isinstance(model, peft.PeftModel):
             attach(model, tokenizer=processing_class)
             push_manifests()
+            save_ranks()
         else:
             logger.warning(
                 "PeftStateCallback: the model is a %s, not a PEFT model; "
@@ -66,6 +72,35 @@ def push_manifests() -> None:
     if not hasattr(Trainer._push_from_checkpoint, _COPIES_STATE):
         original = Trainer._push_from_checkpoint
         Trainer._push_from_checkpoint = with_state(original)  # type: ignore[method-assign]
+
+
+def save_ranks() -> None:
+    """Have every `Trainer` of this process save its random generators when another one saves."""
+    if not hasattr(Trainer.save_model, _SAVES_RANK):
+        Trainer.save_model = with_rank(Trainer.save_model)  # type: ignore[method-assign]
+
+
+def with_rank(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap the save of a model so that each further rank saves its random generators.
+
+    Every rank calls it, for checkpoints and for the final model, but only the main process goes on
+    to call `save_pretrained` (`transformers/trainer.py::Trainer.save_model`).
+    """
+    if hasattr(original, _SAVES_RANK):
+        return original
+
+    @functools.wraps(original)
+    def save_model(self: Trainer, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.model, PeftModel) and not self.args.should_save:
+            directory = self.args.output_dir if output_dir is None else output_dir
+            save_rank(ModelView.of(self.model), Path(str(directory)))
+        original(self, output_dir, *args, **kwargs)
+
+    setattr(save_model, _SAVES_RANK, True)
+    return save_model
+
+
+_SAVES_RANK = "_peftstate_saves_rank"
 
 
 def with_state(original: Callable[..., None]) -> Callable[..., None]:
@@ -95,10 +130,15 @@ def _copy_state(checkpoint: Path, directory: Path) -> None:
     """
     if not (checkpoint / MANIFEST_NAME).is_file():
         return
-    names = {PurePosixPath(name) for name in read_manifest(checkpoint).files}
+    manifest = read_manifest(checkpoint)
+    names = {PurePosixPath(name) for name in manifest.files}
     for folder in sorted({str(name.parent) for name in names} - {"."}):
         _copy_state(checkpoint / folder, directory / folder)
     directory.mkdir(parents=True, exist_ok=True)
     own = sorted(name.name for name in names if str(name.parent) == ".")
-    for name in (*own, ADAPTER_CONFIG_NAME, MANIFEST_NAME):
+    ranks = rank_files(AdapterFolder.at(checkpoint), manifest).belonging
+    for name in AdapterFolder.at(directory).names():
+        if rank_of_name(name) is not None and name not in ranks:
+            (directory / name).unlink(missing_ok=True)
+    for name in (*ranks, *own, ADAPTER_CONFIG_NAME, MANIFEST_NAME):
         shutil.copyfile(checkpoint / name, directory / name)

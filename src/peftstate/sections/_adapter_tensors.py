@@ -74,9 +74,9 @@ def at_rest(model: nn.Module, adapter: str) -> Iterator[None]:
     modules = [] if encoders is None else list(encoders.modules())
     flags = [(module, module.training) for module in modules]
     values = [(tensor, tensor.data) for module in modules[:1] for tensor in module.parameters()]
-    for module in modules:
-        module.training = False
     try:
+        for module in modules:
+            module.training = False
         with _swapped_in(model, adapter):
             yield
     finally:

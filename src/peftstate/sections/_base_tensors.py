@@ -11,12 +11,12 @@ from peftstate.sections import _bitsandbytes
 from peftstate.sections import _bitsandbytes_forms as forms
 from peftstate.sections._peft_layers import original
 from peftstate.sections._tensors import TensorRecord, in_threads, is_readable, tensor_record
+from peftstate.sections._walk import TensorSite
 
 if TYPE_CHECKING:
     import torch
 
     from peftstate.sections._view import ModelView
-    from peftstate.sections._walk import TensorSite
 
 
 @attrs.frozen(kw_only=True)
@@ -25,6 +25,7 @@ class BaseTensor:
 
     Attributes:
         tensor: The tensor; of a quantized weight one of those that stand for it.
+        owner: The parameter or the buffer that it is, or that it stands for with others.
         site: Where it hangs, if it is one that can be replaced.
         shadowed: Whether a trained copy stands in for it.
         replayed: Whether a load brings it about again: an adapter is merged into it, or running a
@@ -32,6 +33,7 @@ class BaseTensor:
     """
 
     tensor: torch.Tensor
+    owner: TensorSite
     site: TensorSite | None
     shadowed: bool
     replayed: bool
@@ -64,11 +66,44 @@ def _base_tensors(view: ModelView) -> Iterator[tuple[str, BaseTensor]]:
                 name,
                 BaseTensor(
                     tensor=tensor,
+                    owner=site,
                     site=site if tensor is site.tensor else None,
                     shadowed=site.shadowed,
                     replayed=site.merged,
                 ),
             )
+    yield from _parametrized(view)
+
+
+def _parametrized(view: ModelView) -> Iterator[tuple[str, BaseTensor]]:
+    """The scales of 4-bit parameters that are no layer's weight, such as those of fused experts.
+
+    Their nibbles are parameters (`bitsandbytes/nn/parametrize.py`); the scales are no tensors of a
+    module, so that no walk meets them.
+    """
+    if not _bitsandbytes.knows_parametrizations():
+        return
+    for name, module in view.base_modules():
+        if _bitsandbytes.kind_of(module) != _bitsandbytes.PARAMETRIZATION:
+            continue
+        for key, tensor in (_bitsandbytes.canonical_tensors(module) or {}).items():
+            owner = TensorSite(
+                part="base",
+                adapter=None,
+                name=f"{name}{SCALES}",
+                module=module,
+                leaf=SCALES.removeprefix("."),
+                tensor=tensor,
+                persistent=True,
+            )
+            yield (
+                f"{name}{SCALES}.{key}",
+                BaseTensor(tensor=tensor, owner=owner, site=None, shadowed=False, replayed=False),
+            )
+
+
+SCALES = ".quant_state"
+"""In the names of the scales of 4-bit parameters, which manifests of schema 1 do not have."""
 
 
 def _canonical(
@@ -81,6 +116,7 @@ def _canonical(
             f"{site.name.removesuffix('weight')}{key}",
             BaseTensor(
                 tensor=tensor,
+                owner=site,
                 site=None,
                 shadowed=site.shadowed,
                 replayed=site.merged or (rounded and key.endswith("absmax")),

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+PARAMETRIZATION = "Bnb4bitParametrization"
 _KINDS = {
     "Linear4bit": "bitsandbytes.nn",
     "Linear8bitLt": "bitsandbytes.nn",
     "Embedding4bit": "bitsandbytes.nn",
     "Embedding8bit": "bitsandbytes.nn",
-    "Bnb4bitParametrization": "bitsandbytes.nn.parametrize",
+    PARAMETRIZATION: "bitsandbytes.nn.parametrize",
 }
 _COMPUTE_DTYPES = frozenset({"bfloat16", "float16", "float32"})
 
@@ -68,6 +69,11 @@ class LayerState:
     compute_dtype: str | None
     compute_dtype_is_set: bool
     form: str
+
+
+def knows_parametrizations() -> bool:
+    """Whether anything in this process can be a 4-bit parameter that is no layer's weight."""
+    return _KINDS[PARAMETRIZATION] in sys.modules
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -160,7 +166,7 @@ def canonical_tensors(module: nn.Module) -> dict[str, torch.Tensor] | None:
     state = forms.quant_state(module)
     if state is None or not is_readable(state.absmax):
         return {}
-    if kind == "Bnb4bitParametrization":  # the nibbles are a parameter of the module around it
+    if kind == PARAMETRIZATION:  # the nibbles are a parameter of the module around it
         return _canonical_scales(state)
     if not is_readable(layer.weight):
         return {}

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
+
+import attrs
+
+from peftstate.errors import RestoreError
+from peftstate.sections._bit_generators import TWISTER, set_kind
 
 ACCELERATORS = ("cuda", "xpu", "mps", "npu")
 """Kinds of device whose generators are recorded, as torch names their modules."""
@@ -27,11 +34,81 @@ def devices() -> dict[str, tuple[ModuleType, int]]:
     return found
 
 
+@attrs.frozen(kw_only=True)
+class Standing:
+    """Where all generators of this process stand, of whatever kind they are.
+
+    Nothing of it can be written down; it is to put them back where they were.
+
+    Attributes:
+        python: The state of `random`.
+        numpy: numpy's global generator, and its state.
+        torch_cpu: The state of torch on the CPU.
+        accelerators: Each device's module in torch, its index and its state.
+    """
+
+    python: Any
+    numpy: tuple[Any, Any]
+    torch_cpu: Any
+    accelerators: tuple[tuple[ModuleType, int, Any], ...]
+
+    @classmethod
+    def now(cls) -> Standing:
+        """Look, without drawing a number."""
+        import numpy as np
+        import torch
+
+        return cls(
+            python=random.getstate(),
+            numpy=(np.random.mtrand.get_bit_generator(), np.random.get_state(legacy=False)),
+            torch_cpu=torch.get_rng_state(),
+            accelerators=tuple(
+                (backend, index, backend.get_rng_state(index))
+                for backend, index in devices().values()
+            ),
+        )
+
+    def put_back(self) -> None:
+        """Put all of them back; one that cannot be is no reason to leave the others.
+
+        Raises:
+            RestoreError: A generator refused its own state.
+        """
+        import torch
+
+        steps: list[Callable[[], object]] = [
+            lambda: random.setstate(self.python),
+            self._put_back_numpy,
+            lambda: torch.set_rng_state(self.torch_cpu),
+        ]
+        for backend, index, state in self.accelerators:
+            steps.append(functools.partial(backend.set_rng_state, state, index))
+        failed: Exception | None = None
+        for step in steps:
+            try:
+                step()
+            except Exception as error:  # noqa: BLE001 - raised below
+                failed = failed or error
+        if failed is not None:
+            reason = f"{type(failed).__name__}: {failed}"
+            raise RestoreError("rng", f"a generator could not be put back ({reason})") from failed
+
+    def _put_back_numpy(self) -> None:
+        """Put numpy's global generator back, the object itself if it is another one now."""
+        import numpy as np
+
+        generator, state = self.numpy
+        if np.random.mtrand.get_bit_generator() is not generator:
+            np.random.mtrand.set_bit_generator(generator)
+        np.random.set_state(state)
+
+
 def seed_all(seed: int) -> None:
-    """Seed every generator that this process has."""
+    """Seed every generator that this process has; numpy's becomes one that can be seeded."""
     import numpy as np
     import torch
 
+    set_kind(TWISTER)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # it takes no more
     torch.manual_seed(seed)
@@ -40,19 +117,9 @@ def seed_all(seed: int) -> None:
 @contextmanager
 def kept(*, seed: int) -> Iterator[None]:
     """Have every generator seeded in the body, and where it was when that ends."""
-    import numpy as np
-    import torch
-
-    python, numpy, cpu = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
-    accelerators = [
-        (backend, index, backend.get_rng_state(index)) for backend, index in devices().values()
-    ]
+    standing = Standing.now()
     try:
         seed_all(seed)
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        for backend, index, state in accelerators:
-            backend.set_rng_state(state, index)
+        standing.put_back()

@@ -80,7 +80,7 @@ def changed(view: ModelView, tensors: Mapping[str, BaseTensor]) -> frozenset[str
     """The names of the base model's tensors that are not as the checkpoint gave them.
 
     What digests cannot tell (of a model that was never observed, or if they do not cover every
-    byte) is told by what is trainable now.
+    byte) is told by what is trainable now, and by how the adapters began.
 
     Args:
         view: The model.
@@ -91,9 +91,10 @@ def changed(view: ModelView, tensors: Mapping[str, BaseTensor]) -> frozenset[str
     by_digest = origin is not None and view.fingerprint == "full"
     known = (origin or observe(view)).tensors
     now = records(view, found) if by_digest else {}
+    rewritten = set() if by_digest else _rewritten(view, found)
 
     def is_same(name: str, base: BaseTensor) -> bool:
-        if base.replayed or name not in known:
+        if base.replayed or name not in known or name in rewritten:
             return False
         return _is_same(base, now[name], known[name]) if by_digest else not _is_trainable(base)
 
@@ -115,10 +116,28 @@ def lost(view: ModelView, tensors: Mapping[str, BaseTensor]) -> list[str]:
         view: The model.
         tensors: What `base_tensors` gives of it.
     """
-    rewritten = _rewritten(view, tensors)  # merging into these starts from other weights
+    rewritten = is_rewritten(view)  # then merging starts from other weights
     return sorted(
-        name for name in changed(view, tensors) if not tensors[name].replayed or name in rewritten
+        name
+        for name in changed(view, tensors)
+        if not tensors[name].replayed or (rewritten and tensors[name].owner.adapted)
     )
+
+
+def is_rewritten(view: ModelView) -> bool:
+    """Whether one of a model's adapters began with rewriting the base model's weights."""
+    return any(map(_rewrites_base, getattr(view.model, "peft_config", {}).values()))
+
+
+def _rewrites_base(config: Any) -> bool:
+    """Whether an adapter of a config begins with rewriting the base model's weights."""
+    init = getattr(config, "init_lora_weights", None)
+    return is_rewriting(init) or getattr(config, "kasa_config", None) is not None
+
+
+def is_rewriting(init: Any) -> bool:
+    """Whether a value of LoRA's `init_lora_weights` rewrites the base model's weights."""
+    return isinstance(init, str) and init.lower().startswith(_REWRITING)
 
 
 def _is_trainable(base: BaseTensor) -> bool:
@@ -147,7 +166,8 @@ def _not_loaded(view: ModelView, found: Mapping[str, BaseTensor]) -> set[str]:
     loaded = {name for name, site in sites.items() if _is_marked(site.tensor)}
     is_parameter = {name: site.leaf in site.module._parameters for name, site in sites.items()}
     fresh = {name for name in sites if loaded and is_parameter[name] and name not in loaded}
-    return fresh | {name for name, site in sites.items() if _is_resized(view, site.tensor)}
+    resized = {id(weight) for weight in _resized(view.base)}
+    return fresh | {name for name, site in sites.items() if id(site.tensor) in resized}
 
 
 def _is_marked(tensor: Any) -> bool:
@@ -155,29 +175,34 @@ def _is_marked(tensor: Any) -> bool:
     return bool(getattr(tensor, "_is_hf_initialized", False))
 
 
-def _is_resized(view: ModelView, tensor: Any) -> bool:
-    """Whether a tensor is an embedding with other rows than the model was built with.
+def _resized(base: Any) -> list[Any]:
+    """The embeddings of a model that have other rows than it was built with.
 
     `resize_token_embeddings` changes the config and the outer model's `vocab_size`, not that of
-    the model inside, which keeps the number it was built with.
+    the model inside that holds the embeddings, which keeps the number it was built with.
     """
-    base: Any = view.base
-    inner = getattr(base, getattr(base, "base_model_prefix", ""), None)
-    built = getattr(inner, "vocab_size", None)
     embeddings = [embedding_weight(base, side) for side in ("input", "output")]
-    is_embedding = any(weight is tensor for weight in embeddings)
-    return is_embedding and isinstance(built, int) and built != tensor.shape[0]
+    built = [
+        module.vocab_size
+        for module in base.modules()
+        if module is not base
+        and isinstance(getattr(module, "vocab_size", None), int)
+        and any(weight is embeddings[0] for weight in module.parameters())
+    ]
+    return [
+        weight
+        for weight in embeddings
+        if weight is not None and built and weight.shape[0] != built[-1]
+    ]
 
 
 def _rewritten(view: ModelView, found: Mapping[str, BaseTensor]) -> set[str]:
     """The weights that an adapter's initialisation has rewritten already."""
-    configs = getattr(view.model, "peft_config", {}).values()
-    inits = [getattr(config, "init_lora_weights", None) for config in configs]
-    if not any(isinstance(init, str) and init.lower().startswith(_REWRITING) for init in inits):
+    if not is_rewritten(view):
         return set()
     return {name for name, base in found.items() if _is_adapted(base)}
 
 
 def _is_adapted(base: BaseTensor) -> bool:
     """Whether a tensor is a weight that an adapter applies to."""
-    return base.site is not None and base.site.adapted and base.site.leaf == "weight"
+    return base.owner.adapted and base.owner.leaf == "weight"

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ from peftstate.sections._tensors import dtype_named
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
+_MODULE = re.compile(r"[\w.-]*\*?")
+"""A module's name, or its beginning: transformers takes it as a pattern
+(`transformers/quantizers/quantizers_utils.py::should_convert_module`), of which some take hours."""
 _DTYPES = ("bfloat16", "float16", "float32")
 _STORAGE_DTYPES = ("bfloat16", "float16", "float32", "float64", "int8", "uint8")
 
@@ -80,7 +84,8 @@ def _is_number(value: Json) -> bool:
 def _is_names(value: Json) -> bool:
     """Whether a field's value is a list of names, or none."""
     return value is None or (
-        isinstance(value, list) and all(isinstance(item, str) for item in value)
+        isinstance(value, list)
+        and all(isinstance(item, str) and _MODULE.fullmatch(item) for item in value)
     )
 
 

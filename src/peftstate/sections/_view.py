@@ -36,6 +36,8 @@ class ModelView:
         fingerprint: What digests of the base model cover, one of `FINGERPRINTS`.
         tokenizer: The tokenizer that goes with the model, or a processor that holds one.
         probe: Inputs to predict on, as the model's `forward` takes them.
+        keeps_merged: Whether the weights that adapters are merged into are saved themselves.
+        saved_shapes: Shapes of the tensors in the files of a load; `None` if there are none.
         memo: Records of the base model's tensors that were made already. A view, and those made
             from it, are for one moment: the model must not change meanwhile.
     """
@@ -46,6 +48,8 @@ class ModelView:
     fingerprint: str = "full"
     tokenizer: Any = None
     probe: Mapping[str, torch.Tensor] | None = None
+    keeps_merged: bool = False
+    saved_shapes: frozenset[tuple[int, ...]] | None = None
     memo: dict[str, TensorRecord] = attrs.field(factory=dict, eq=False, repr=False)
 
     @classmethod

@@ -94,7 +94,8 @@ class TensorSite:
 
 def is_peft_model(model: nn.Module) -> bool:
     """Whether a model has PEFT's adapters in it."""
-    from peft import PeftMixedModel, PeftModel
+    from peft.mixed_model import PeftMixedModel  # `peft` itself may be given our classes
+    from peft.peft_model import PeftModel
 
     return isinstance(model, (PeftModel, PeftMixedModel))
 

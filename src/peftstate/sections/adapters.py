@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from peftstate._diff import Json
-from peftstate.errors import AdapterMismatchError
+from peftstate._warn import warn
+from peftstate.errors import AdapterMismatchError, UnverifiedWarning
+from peftstate.sections import _merges
 from peftstate.sections._adapter_tensors import adapter_tensors
 from peftstate.sections._base import Section
 from peftstate.sections._table import Table
@@ -69,13 +71,15 @@ class AdaptersRecord:
         active: Names of the active ones; empty if none of these was, but another one, which says
             nothing of a model that has no others; `None` if the model has no active one.
         enabled: Whether the active ones are applied at all.
-        merged: Names of those merged into the base model.
+        merged: Names of those merged into the base model, in the order of merging.
+        safe_merge: Whether they were merged with PEFT's `safe_merge`, which rounds in another way.
     """
 
     adapters: Mapping[str, AdapterRecord]
     active: tuple[str, ...] | None
     enabled: bool
     merged: tuple[str, ...]
+    safe_merge: bool
 
     def for_adapters(self, names: Collection[str]) -> AdaptersRecord:
         """The record without the adapters that are not looked at."""
@@ -103,7 +107,8 @@ def capture(view: ModelView) -> AdaptersRecord:
         ValueError: They are in a state that no load can bring about; the text says what to do.
     """
     _refuse_unloadable(view)
-    return _capture(view, {})
+    _warn_of_drawn_ahead(view)
+    return _capture(view, None)
 
 
 def _refuse_unloadable(view: ModelView) -> None:
@@ -120,6 +125,11 @@ def _refuse_unloadable(view: ModelView) -> None:
             "the adapter is merged, which in LN tuning puts the base model's layers in its place, "
             "and PEFT would save these; call unmerge_adapter() first"
         )
+    if _is_merged_in_part(view.model):
+        raise ValueError(
+            "an adapter is merged into some of its layers only; merge it into the others, too, by "
+            "merge_adapter(), or call unmerge_adapter()"
+        )
     for name, config in view.model.peft_config.items():
         if getattr(config, "use_trainable_adapters", False) and name != "default":
             # peft/peft_model.py::PeftModel.save_pretrained puts each adapter into its own folder
@@ -133,31 +143,69 @@ def _refuse_unloadable(view: ModelView) -> None:
         )
 
 
+def _warn_of_drawn_ahead(view: ModelView) -> None:
+    """Warn where a layer trains with random numbers that it drew ahead.
+
+    They are more than its weights (`peft/tuners/lora/monteclora.py::BufferedMontecloraSampler`).
+    """
+    samplers = (getattr(site.module, "lora_monteclora_sampler", None) for site in view.sites())
+    if any(sampler is not None and sampler.training for sampler in samplers):
+        warn(
+            "MonteCLoRA draws its noise ahead, and what it drew is not saved: the reloaded model "
+            "predicts alike, and trains on with other noise.",
+            UnverifiedWarning,
+        )
+
+
+def _is_merged_in_part(model: nn.Module) -> bool:
+    """Whether an adapter is merged into some of the layers that have it, and into others not."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    merged = {name for layer in layers for name in layer.merged_adapters}
+    return any(
+        set(layer.merged_adapters) != merged & layer._get_available_adapters() for layer in layers
+    )
+
+
 def capture_like(view: ModelView, record: AdaptersRecord) -> AdaptersRecord:
     """Capture for a comparison with a record: of the tensors that were saved."""
-    found = _capture(view, record.adapters)
-    return attrs.evolve(found, active=()) if record.active == () else found
+    found = _capture(view, record)
+    if record.active == ():
+        found = attrs.evolve(found, active=())
+    # how it was merged leaves its trace in the weights, which `base_model` compares
+    return attrs.evolve(found, safe_merge=record.safe_merge)
 
 
-def _capture(view: ModelView, like: Mapping[str, AdapterRecord]) -> AdaptersRecord:
+def _capture(view: ModelView, record: AdaptersRecord | None) -> AdaptersRecord:
     """Describe the adapters, each for a comparison with its record if there is one."""
+    like: Mapping[str, AdapterRecord] = {} if record is None else record.adapters
     described = {saved: _describe(view, saved, like.get(saved)) for saved in view.adapters}
-    unapplied = AdaptersRecord(adapters=described, active=None, enabled=True, merged=())
+    unapplied = AdaptersRecord(
+        adapters=described,
+        active=None,
+        enabled=True,
+        merged=() if record is None else record.merged,
+        safe_merge=False,
+    )
     return applied_as_in(view, unapplied)
 
 
 def applied_as_in(view: ModelView, record: AdaptersRecord) -> AdaptersRecord:
     """A record, with the model's word on which adapters are active, applied and merged."""
     active = tuple(getattr(view.model, "active_adapters", ()))
-    layers = tuner_layers(view.model)
-    merged = {name for layer in layers for name in getattr(layer, "merged_adapters", ())}
+    layers = [
+        [saved for name in merged if (saved := view.saved_name(name))]
+        for merged in _merges.merged_layers(view.model)
+    ]
     return attrs.evolve(
         record,
         active=tuple(saved for live in active if (saved := view.saved_name(live)))
         if active
         else None,
         enabled=_enabled(view.model),
-        merged=tuple(sorted(saved for live in merged if (saved := view.saved_name(live)))),
+        merged=_merges.order_of(layers, record.merged),
+        safe_merge=_merges.is_safe(view.model),
     )
 
 
@@ -201,7 +249,7 @@ def canonical_fields(config: Mapping[str, Any]) -> dict[str, Json]:
     """The fields of a PEFT config that say what the adapter is, from memory or from its file."""
     fields: dict[str, Json] = json.loads(json.dumps(dict(config), default=_jsonable))
     return {
-        key: sorted(set(value)) if key in _SETS and isinstance(value, list) else value
+        key: sorted(set(value)) if key in _SETS and _is_of_names(value) else value
         for key, value in fields.items()
         if key not in NOT_IN_CONFIG
     }
@@ -217,6 +265,11 @@ _SETS = frozenset(
     }
 )
 """Fields that PEFT holds as sets and writes in random order."""
+
+
+def _is_of_names(value: Json) -> bool:
+    """Whether a value is a list of strings."""
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _jsonable(value: Any) -> Json:
@@ -270,9 +323,11 @@ def restore(record: AdaptersRecord, view: ModelView) -> None:
     """
     restore_scaling(record, view)
     _restore_active(record, view)
-    merged = [view.adapters[name] for name in record.merged if name in view.adapters]
-    if merged and not applied_as_in(view, record).merged:
-        view.model.merge_adapter(merged)
+    saved = dict.fromkeys(record.merged)  # or PEFT would merge it as often as it is named
+    merged = [view.adapters[name] for name in saved if name in view.adapters]
+    if merged and not _merges.merged_layers(view.model):
+        view.model.base_model.merge_adapter(merged, safe_merge=record.safe_merge)
+        _merges.note(view.model, is_safe=record.safe_merge)
 
 
 def restore_scaling(record: AdaptersRecord, view: ModelView) -> None:
@@ -289,7 +344,8 @@ def restore_scaling(record: AdaptersRecord, view: ModelView) -> None:
 def _restore_active(record: AdaptersRecord, view: ModelView) -> None:
     """Make the saved adapters the active ones, applied or not."""
     model = view.model
-    active = [view.adapters[name] for name in record.active or () if name in view.adapters]
+    saved = dict.fromkeys(record.active or ())  # PEFT would go through all layers for each
+    active = [view.adapters[name] for name in saved if name in view.adapters]
     wanted = active or record.active is None
     if wanted and active != list(model.active_adapters):
         if len(active) == 1:

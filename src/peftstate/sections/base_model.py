@@ -7,7 +7,6 @@ change the digests, loading it in another dtype does not either, where nothing w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,16 @@ from peftstate._warn import warn
 from peftstate.errors import BaseModelMismatchError, StateMismatchWarning
 from peftstate.sections import _origin
 from peftstate.sections._base import Section
-from peftstate.sections._base_tensors import BaseTensor, base_tensors, embedding_weight, records
+from peftstate.sections._base_tensors import (
+    SCALES,
+    BaseTensor,
+    base_tensors,
+    embedding_weight,
+    records,
+)
+from peftstate.sections._model_config import RESTORED_CONFIG, config_fields, restore_config
 from peftstate.sections._peft_layers import replicated_layers
+from peftstate.sections._remote_code import remote_code
 from peftstate.sections._tensors import TensorRecord, in_threads, is_readable, tensor_record
 from peftstate.sections._walk import is_peft_model
 
@@ -28,37 +35,6 @@ if TYPE_CHECKING:
     import torch
 
     from peftstate.sections._view import ModelView
-
-NOT_IN_CONFIG = frozenset(
-    {
-        "_attn_implementation_autoset",  # a mark of transformers' own
-        "_name_or_path",  # is `name`
-        "architectures",  # is `model_class`
-        "attn_implementation",  # is in `implementation`
-        "dtype",  # what was asked for when loading; `dtype` records what is
-        "experts_implementation",  # is in `implementation`
-        "quantization_config",  # is in `quantization`
-        "torch_dtype",  # the old name of `dtype`
-        "transformers_version",  # is in `environment`
-        "use_cache",  # is in `generation`
-    }
-)
-"""Fields of a model's config that are no part of the record."""
-
-RESTORED_CONFIG = frozenset(
-    {
-        "bos_token_id",
-        "decoder_start_token_id",
-        "eos_token_id",
-        "id2label",
-        "label2id",
-        "pad_token_id",
-        "pretraining_tp",
-        "problem_type",
-        "sep_token_id",
-    }
-)
-"""Fields of a model's config that are put back: trainers edit them on the live model."""
 
 
 @attrs.frozen(kw_only=True)
@@ -73,6 +49,9 @@ class BaseModelRecord:
         config: The fields of its config that say what it computes.
         load_dtype: Name of the dtype that it was asked to be loaded in, or `None`.
         tied_embeddings: Whether input and output embeddings are one tensor.
+        remote_code: The Python files that the checkpoint brought with it and that its classes came
+            from, with all that they import from beside them: name → SHA-256, or `None` if a file
+            could not be read any more. `None` for all if it is not known (schema 1).
         fingerprint: What the digests cover: ``"full"``, ``"sampled"`` or ``"off"``.
         tensors: The tensors that checkpoints hold, 4-bit and 8-bit weights in canonical form.
         changed: Names of tensors that are not as the checkpoint gave them. A load puts them back
@@ -88,6 +67,7 @@ class BaseModelRecord:
     config: Mapping[str, Json]
     load_dtype: str | None
     tied_embeddings: bool
+    remote_code: Mapping[str, str | None] | None
     fingerprint: str
     tensors: Mapping[str, TensorRecord]
     changed: tuple[str, ...]
@@ -168,7 +148,11 @@ def _capture_again(
         record: The other record, over whose dtypes the tensors are digested.
         skipped: Names of tensors that are taken over from it, if they are there.
     """
-    tensors = base_tensors(view)
+    tensors = {
+        name: base
+        for name, base in base_tensors(view).items()
+        if name in record.tensors or SCALES not in name
+    }
     unreadable = _unreadable(tensors, record, skipped)
 
     def describe(name: str) -> TensorRecord:
@@ -197,8 +181,13 @@ def _capture_again(
         revision=record.revision,
         commit=record.commit,
         load_dtype=record.load_dtype,
+        remote_code=None if record.remote_code is None else found.remote_code,
         config={key: found.config.get(key, value) for key, value in record.config.items()},
     )
+
+
+_SHOWN = 8
+"""Names that a warning lists."""
 
 
 def _unreadable(
@@ -214,9 +203,11 @@ def _unreadable(
         and not is_readable(tensors[name].tensor)
     }
     if names:
+        shown = sorted(names)[:_SHOWN] + (["…"] if len(names) > _SHOWN else [])
         warn(
             f"{len(names)} of {len(tensors)} tensors of the base model cannot be read in this "
-            "process (they are offloaded, or shards), so they were not compared.",
+            "process (they are offloaded, or shards), so they were not compared: "
+            f"{', '.join(shown)}",
             StateMismatchWarning,
         )
     return names
@@ -243,6 +234,7 @@ def _describe(
         config=_fields_of_bare(view, config),
         load_dtype=_load_dtype(config),
         tied_embeddings=_tied(base),
+        remote_code=remote_code(view),
         fingerprint=fingerprint,
         tensors=tensors,
         changed=tuple(sorted(changed)),
@@ -250,29 +242,12 @@ def _describe(
     )
 
 
-def _fields(config: Any) -> dict[str, Json]:
-    """A model's config as JSON, without what is recorded elsewhere."""
-    if not hasattr(config, "to_dict"):
-        return {}
-    fields: dict[str, Json] = json.loads(json.dumps(config.to_dict(), default=str))
-    return _without_ignored(fields)
-
-
 def _fields_of_bare(view: ModelView, config: Any) -> dict[str, Json]:
     """The fields of a model's config that say the same of the bare model."""
-    fields = _fields(config)
+    fields = config_fields(config)
     if replicated_layers(view.model) is not None:  # PEFT writes its own number of layers there
         fields.pop("num_hidden_layers", None)
     return fields
-
-
-def _without_ignored(fields: dict[str, Json]) -> dict[str, Json]:
-    """Drop the ignored fields of a config and of the configs in it."""
-    return {
-        key: _without_ignored(value) if isinstance(value, dict) else value
-        for key, value in fields.items()
-        if key not in NOT_IN_CONFIG
-    }
 
 
 def _load_dtype(config: Any) -> str | None:
@@ -326,6 +301,8 @@ def prepare(record: BaseModelRecord, view: ModelView) -> None:
     known = restored & record.tensors.keys()
     rows = [record.tensors[name].shape[0] for name in names if name in known]
     if rows and rows[0] != inputs.shape[0]:
+        if view.saved_shapes is not None and (rows[0], *inputs.shape[1:]) not in view.saved_shapes:
+            raise ValueError(f"embeddings of {rows[0]} rows, which are in no file that was saved")
         base.resize_token_embeddings(rows[0], mean_resizing=False)
 
 
@@ -333,26 +310,7 @@ def restore(record: BaseModelRecord, view: ModelView) -> None:
     """Put back the fields of the config that trainers edit."""
     config = getattr(view.base, "config", None)
     if config is not None:
-        _restore_config(record.config, config)
-
-
-def _restore_config(saved: Mapping[str, Json], config: Any) -> None:
-    """Set the restored fields of a config and of the configs in it."""
-    found = _fields(config)
-    for key in sorted(RESTORED_CONFIG & saved.keys() & found.keys()):
-        if saved[key] != found[key]:
-            setattr(config, key, _label_map(key, saved[key]))
-    for key in getattr(config, "sub_configs", {}):
-        inner = getattr(config, key, None)
-        if inner is not None and isinstance(saved.get(key), Mapping):
-            _restore_config(saved[key], inner)
-
-
-def _label_map(key: str, value: Json) -> Json:
-    """A value of a config as it is in memory: the keys of `id2label` are integers there."""
-    if key == "id2label" and isinstance(value, Mapping):
-        return {int(index): label for index, label in value.items()}
-    return value
+        restore_config(record.config, config)
 
 
 SECTION = Section(

@@ -12,15 +12,21 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from peftstate.errors import AdapterMismatchError
-from peftstate.sections import _origin
+from peftstate._warn import warn
+from peftstate.errors import AdapterMismatchError, MergedWeightsWarning
+from peftstate.sections import _merges, _origin
 from peftstate.sections._adapter_tensors import adapter_tensors
 from peftstate.sections._base import Section
-from peftstate.sections._base_tensors import base_tensors
+from peftstate.sections._base_tensors import BaseTensor, base_tensors
+from peftstate.sections._bitsandbytes_forms import form_of
+from peftstate.sections._quantized_weights import QuantizedWeight, can_keep
 from peftstate.sections._tensors import SidecarTensor, is_readable
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from peftstate.sections._view import ModelView
+    from peftstate.sections._walk import TensorSite
 
 
 @attrs.frozen(kw_only=True)
@@ -30,10 +36,17 @@ class ExtraTensorsRecord:
     Attributes:
         base: Of the base model, by name.
         adapters: The parameters of each adapter that PEFT does not save.
+        quantized: Quantized weights of the base model, by the names of their layers.
     """
 
     base: Mapping[str, SidecarTensor]
     adapters: Mapping[str, Mapping[str, SidecarTensor]]
+    quantized: Mapping[str, QuantizedWeight]
+
+    @property
+    def has_base(self) -> bool:
+        """Whether there is anything of the base model."""
+        return bool(self.base or self.quantized)
 
     def for_adapters(self, names: Collection[str]) -> ExtraTensorsRecord:
         """The record without the adapters that are not looked at."""
@@ -42,29 +55,91 @@ class ExtraTensorsRecord:
 
     def without(self, names: Collection[str]) -> ExtraTensorsRecord:
         """The record without tensors that turned out to be in PEFT's file."""
-        kept = {name: tensor for name, tensor in self.base.items() if name not in names}
-        return attrs.evolve(self, base=kept)
+        return attrs.evolve(
+            self,
+            base={name: tensor for name, tensor in self.base.items() if name not in names},
+            quantized={
+                layer: weight
+                for layer, weight in self.quantized.items()
+                if layer + _WEIGHT not in names
+            },
+        )
+
+    def among(self, names: Collection[str]) -> set[str]:
+        """Of the names of the base model's tensors those that are in the record."""
+        layers = {layer + _WEIGHT for layer in self.quantized}
+        return {
+            name
+            for name in names
+            if name in self.base or name in layers or name.rpartition(".")[0] in layers
+        }
+
+
+_WEIGHT = ".weight"
 
 
 def capture(view: ModelView) -> ExtraTensorsRecord:
     """Find the tensors that no file would have.
 
     Raises:
-        ValueError: One of them cannot be saved: it is a quantized weight, or is not to be read in
-            this process.
+        ValueError: One of them cannot be saved: it is quantized by something else than
+            bitsandbytes, or is not to be read in this process.
     """
     found = base_tensors(view)
-    wanted = _origin.lost(view, found)
+    wanted = _wanted(view, found)
+    quantized: dict[str, nn.Module] = {}
     for name in wanted:
-        if found[name].site is None or not is_readable(found[name].tensor):
+        owner = found[name].owner
+        if not is_readable(found[name].tensor):
             raise ValueError(
-                f"the weight {name} of the base model was changed since the model was wrapped, and "
-                "cannot be saved, for it is quantized or not in this process. "
+                f"{_CHANGED.format(name)} it is not in this process (offloaded, or a shard); save "
+                "it where it is whole"
             )
+        if found[name].site is not None:
+            continue
+        if not can_keep(owner.module):
+            raise ValueError(
+                f"{_CHANGED.format(name)} it is quantized in a way that cannot be put back; load "
+                "the base model anew, and the adapter onto it, and save that"
+            )
+        quantized[owner.name.removesuffix(_WEIGHT)] = owner.module
     return ExtraTensorsRecord(
-        base={name: SidecarTensor.of(f"base.{name}", found[name].tensor) for name in wanted},
+        base={
+            name: SidecarTensor.of(f"base.{name}", found[name].tensor)
+            for name in wanted
+            if found[name].site is not None
+        },
         adapters={saved: _of_adapter(view, saved) for saved in view.adapters},
+        quantized={name: _quantized(name, module) for name, module in quantized.items()},
     )
+
+
+_CHANGED = (
+    "the weight {} of the base model was changed since the model was wrapped, and cannot be saved:"
+)
+
+
+def _quantized(name: str, module: nn.Module) -> QuantizedWeight:
+    """Describe the weight of a quantized layer."""
+    return QuantizedWeight.of(f"quantized.{name}", module)
+
+
+def _wanted(view: ModelView, found: Mapping[str, BaseTensor]) -> list[str]:
+    """The names of the base model's tensors to save; of those that are not, a warning tells."""
+    lost = _origin.lost(view, found)
+    merged = {name for name, base in found.items() if base.owner.merged} - set(lost)
+    if view.keeps_merged:
+        return sorted({*lost, *merged})
+    reason = _merges.obstacle(view) if merged else None
+    if reason is not None:
+        warn(
+            f"The adapter is merged into the base model, and {reason}. So it is not certain that "
+            "merging it again on load gives these weights; if not, the load raises. Save with "
+            "keep_merged_weights=True to keep the merged weights themselves, or call "
+            "unmerge_adapter() first.",
+            MergedWeightsWarning,
+        )
+    return lost
 
 
 def _of_adapter(view: ModelView, saved: str) -> dict[str, SidecarTensor]:
@@ -82,8 +157,12 @@ def _of_adapter(view: ModelView, saved: str) -> dict[str, SidecarTensor]:
 
 
 def capture_like(view: ModelView, record: ExtraTensorsRecord) -> ExtraTensorsRecord:
-    """Look at the same tensors in a model."""
+    """Look at the same tensors in a model.
+
+    A quantized weight in another form is left to `base_model`, whose digests are the same in all.
+    """
     found = base_tensors(view)
+    layers = dict(view.base_modules()) if record.quantized else {}
     return ExtraTensorsRecord(
         base={
             name: SidecarTensor.of(saved.tensor, found[name].tensor)
@@ -94,6 +173,11 @@ def capture_like(view: ModelView, record: ExtraTensorsRecord) -> ExtraTensorsRec
             adapter: _look_up(view, adapter, tensors)
             for adapter, tensors in record.adapters.items()
             if adapter in view.adapters
+        },
+        quantized={
+            name: _quantized(name, layers[name]) if form_of(layers[name]) == saved.form else saved
+            for name, saved in record.quantized.items()
+            if name in layers and can_keep(layers[name])
         },
     )
 
@@ -113,7 +197,24 @@ def restore(record: ExtraTensorsRecord, view: ModelView) -> None:
     """Put the base model's tensors in their places; adapters' tensors came with the others."""
     for name, base in base_tensors(view).items():
         if name in record.base and base.site is not None:
-            base.site.replace(record.base[name].load().to(base.tensor.device))
+            _put(record.base[name], base.site)
+    if record.quantized:
+        for name, module in view.base_modules():
+            if name in record.quantized:
+                record.quantized[name].put_back(module)
+    _end_initialisations(record, view)
+
+
+def _end_initialisations(record: ExtraTensorsRecord, view: ModelView) -> None:
+    """Have no adapter rewrite the base model later, where that is done already.
+
+    A KaSA layer that PEFT loaded onto the meta device does so when it first runs
+    (`peft/tuners/lora/variants.py::KasaLinearVariant.init`).
+    """
+    for site in view.sites():
+        deferred = getattr(site.module, "_lora_kasa_truncation_deferred", None)
+        if deferred and record.has_base:
+            deferred.clear()
 
 
 def restore_adapters(record: ExtraTensorsRecord, view: ModelView) -> None:
@@ -126,7 +227,16 @@ def restore_adapters(record: ExtraTensorsRecord, view: ModelView) -> None:
             _make_trainable_form(view, live, tensors.keys())
         for site in view.tensors():
             if site.adapter == live and site.name in tensors:
-                site.replace(tensors[site.name].load().to(site.tensor.device))
+                _put(tensors[site.name], site)
+
+
+def _put(saved: SidecarTensor, site: TensorSite) -> None:
+    """Put a saved tensor in its place, if it fits there; if not, the comparison tells.
+
+    Kernels take the shape of a weight from the layer that it is in, and read as far as that.
+    """
+    if tuple(saved.shape) == tuple(site.tensor.shape):
+        site.replace(saved.load().to(site.tensor.device))
 
 
 def _make_trainable_form(view: ModelView, adapter: str, names: Collection[str]) -> None:
@@ -138,7 +248,9 @@ def _make_trainable_form(view: ModelView, adapter: str, names: Collection[str]) 
     model = view.model
     model.peft_config[adapter].inference_mode = False
     if set(names) <= {site.name for site in view.tensors() if site.adapter == adapter}:
-        return  # to make it again may take a tokenizer (`prompt_tuning/model.py`)
+        return
+    if hasattr(model.peft_config[adapter], "tokenizer_name_or_path"):
+        return  # which the config names, and may have run code of (`prompt_tuning/model.py`)
     before = model.prompt_encoder[adapter]
     is_trainable = any(tensor.requires_grad for tensor in before.parameters())
     model._setup_prompt_encoder(adapter)

@@ -82,6 +82,19 @@ def _jsonable(value: Any) -> Json:
     return value.to_dict() if hasattr(value, "to_dict") else str(value)
 
 
+_TEXTS = {
+    "cache_implementation": (
+        *("static", "offloaded_static", "dynamic", "dynamic_full", "offloaded", "quantized"),
+        *("paged", "sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid"),
+        *("offloaded_hybrid_chunked", "mamba"),
+    ),
+    "dola_layers": ("low", "high"),
+    "early_stopping": ("never",),
+    "num_assistant_tokens_schedule": ("constant", "heuristic", "heuristic_transient"),
+    "speculation_type": ("dflash",),
+}
+"""The fields that may be a text, and what a manifest may put there: names of classes of
+transformers' own."""
 _ORIGINAL = "_original_object_hash"
 """By which transformers sees that a config, taken from the model's, was edited since
 (`transformers/generation/utils.py::GenerationMixin._prepare_generation_config`)."""
@@ -100,16 +113,19 @@ def restore(record: GenerationRecord, view: ModelView) -> None:
 def _config(saved: Mapping[str, Json], live: GenerationConfig) -> GenerationConfig:
     """A generation config with the saved fields.
 
-    Those that neither this transformers nor the live model knows are left out, and show as a
-    difference. They are set one by one, since the constructor refuses values that contradict each
-    other, which a live model may well have, and drops what it does not know.
+    Those that neither this transformers nor the live model knows are left out, as are texts that no
+    table has, and show as a difference. They are set one by one, since the constructor refuses
+    values that contradict each other, which a live model may well have, and drops what it does not
+    know.
     """
     from transformers import GenerationConfig
 
     config = GenerationConfig()
     known = (config.to_dict().keys() | live.to_dict().keys()) - NOT_SAVED
-    for key in known & saved.keys():
+    for key in sorted(known & saved.keys()):
         value = saved[key]
+        if isinstance(value, str) and not _may_be(key, value, live):
+            continue
         if key == "watermarking_config" and isinstance(value, Mapping):
             value = _watermarking(value)
         setattr(config, key, copy.deepcopy(value))
@@ -117,6 +133,11 @@ def _config(saved: Mapping[str, Json], live: GenerationConfig) -> GenerationConf
     if original is not None:
         setattr(config, _ORIGINAL, original)
     return config
+
+
+def _may_be(key: str, text: str, live: GenerationConfig) -> bool:
+    """Whether a manifest may put a text into a field."""
+    return key == "stop_strings" or text in (*_TEXTS.get(key, ()), getattr(live, key, None))
 
 
 def _watermarking(saved: Mapping[str, Json]) -> Any:

@@ -34,6 +34,12 @@ ATTENTION = frozenset(
 )
 """What a manifest may set. Names of kernel repositories are not among them: loading one runs code
 from the Hub (CVE-2026-4372)."""
+_AVAILABLE = {
+    "flash_attention_2": "is_flash_attn_2_available",
+    "flash_attention_3": "is_flash_attn_3_available",
+    "flash_attention_4": "is_flash_attn_4_available",
+}
+"""transformers' functions that tell whether the package of an implementation can be used."""
 KERNEL_LIBRARIES = frozenset({"kernels", "liger_kernel", "unsloth", "unsloth_zoo"})
 """Top-level packages that put their own `forward` into classes of transformers."""
 AUTOCAST_DTYPES = frozenset({"bfloat16", "float16"})
@@ -93,6 +99,20 @@ def _configs(config: Any) -> Iterator[tuple[str, Any]]:
         inner = getattr(config, name, None)
         if inner is not None:
             yield name, inner
+
+
+def is_installed(implementation: str) -> bool:
+    """Whether an implementation of the closed tables runs without code from the Hub.
+
+    transformers downloads a kernel in place of a package that is missing
+    (`transformers/modeling_flash_attention_utils.py::FLASH_ATTN_KERNEL_FALLBACK`).
+    """
+    from transformers.utils import import_utils
+
+    if implementation not in _AVAILABLE:
+        return True
+    is_available = getattr(import_utils, _AVAILABLE[implementation], None)
+    return is_available is not None and bool(is_available())
 
 
 def capture(view: ModelView) -> ImplementationRecord:
@@ -241,7 +261,7 @@ def _restore_functions(record: ImplementationRecord, view: ModelView) -> None:
         wanted = {
             name: value
             for name, value in saved.items()
-            if value in allowed and live.get(name, value) != value
+            if value in allowed and live.get(name, value) != value and is_installed(value)
         }
         if wanted and hasattr(view.base, setter):
             getattr(view.base, setter)(wanted)

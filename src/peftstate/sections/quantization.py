@@ -17,7 +17,7 @@ from peftstate._diff import Json
 from peftstate._digest import seal_digest
 from peftstate._warn import warn
 from peftstate.errors import QuantizationMismatchError, StateMismatchWarning
-from peftstate.sections import _bitsandbytes, _quantization_config
+from peftstate.sections import _bitsandbytes, _origin, _quantization_config
 from peftstate.sections import _bitsandbytes_forms as forms
 from peftstate.sections._base import Section
 from peftstate.sections._bitsandbytes import LayerSettings, LayerState
@@ -48,8 +48,8 @@ class QuantizationRecord:
             numbers, ``{"model.layers.*.mlp.up_proj": "0-27"}``.
         layers: How they are quantized.
         state: What was set on them and what running them changed; restored.
-        requantized: Layers that an adapter is merged into, for which their weight was quantized
-            again; they are compared after the load has merged it again.
+        requantized: Layers whose weight was quantized again, since an adapter is merged into it or
+            began with rewriting it; they are compared after the load has put it back.
         scales: Digest of the scales that packing rounded, of all layers that are not fresh;
             `None` if all are.
     """
@@ -72,6 +72,7 @@ def capture(view: ModelView) -> QuantizationRecord:
     """Read the quantization config and the layers of bitsandbytes."""
     base: Any = view.base
     layers = _layers(view)
+    rewritten = _origin.is_rewritten(view)
     config = _quantization_config.of_model(base)
     method = None if config is None else config.get("quant_method")
     if method in (None, BITSANDBYTES):  # a config may outlive the layers, and layers need none
@@ -84,7 +85,11 @@ def capture(view: ModelView) -> QuantizationRecord:
         layers=_table(layers, _bitsandbytes.settings_of),
         state=_table(layers, _bitsandbytes.state_of),
         requantized=tuple(
-            sorted(site.name for site in view.sites() if site.merged and site.name in layers)
+            sorted(
+                site.name
+                for site in view.sites()
+                if site.name in layers and (site.merged or (site.adapted and rewritten))
+            )
         ),
         scales=_scales_digest(
             forms.weight_of(module)
@@ -118,10 +123,9 @@ def capture_like(view: ModelView, record: QuantizationRecord) -> QuantizationRec
 
 def _as_merged(record: QuantizationRecord, layers: Mapping[str, nn.Module]) -> Table[LayerSettings]:
     """The settings of a bare base model's layers; of those that a load merges into, the saved."""
+    requantized = set(record.requantized)
     settings = {
-        name: record.layers[name]
-        if name in record.requantized
-        else _bitsandbytes.settings_of(module)
+        name: record.layers[name] if name in requantized else _bitsandbytes.settings_of(module)
         for name, module in layers.items()
     }
     return Table.of({name: value for name, value in settings.items() if value is not None})

@@ -2,26 +2,32 @@
 
 Loading an adapter itself draws random numbers (PEFT initialises weights that it then
 overwrites), so they are put back last. All or nothing: if one cannot be set, all are as before.
+
+When several processes train one model each has its own generators. The manifest has those of the
+process that wrote it; the others write a file each (`peftstate._rank_files`), of the same record.
 """
 
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import attrs
 
-from peftstate.errors import RngMismatchError
+from peftstate._warn import warn
+from peftstate.errors import RankStateWarning, RngMismatchError
 from peftstate.sections._base import Section
-from peftstate.sections._generators import devices
+from peftstate.sections._bit_generators import TWISTER, set_kind, state_of, words_of
+from peftstate.sections._generators import Standing, devices
+from peftstate.sections._process import this_process
 from peftstate.sections._tensors import SidecarTensor
 
 if TYPE_CHECKING:
-    from peftstate.sections._view import ModelView
+    import torch
 
-TWISTER = "MT19937"
-"""The only kind of generator that numpy's old interface knows, and that a manifest has."""
+    from peftstate.sections._view import ModelView
 
 
 @attrs.frozen(kw_only=True)
@@ -41,17 +47,35 @@ class PythonRng:
 
 @attrs.frozen(kw_only=True)
 class NumpyRng:
-    """The global generator of `numpy.random`, a Mersenne twister.
+    """The global generator of `numpy.random`.
 
     Attributes:
-        state: int64, shape (624,).
-        position: Position in the state.
+        generator: Its kind: ``"MT19937"``, a Mersenne twister, unless a program set another one.
+        state: Its state in words of 32 bits, int64; of a twister 624 of them.
+        position: Position in the state; of the other kinds, which have none, 0.
         gauss: The second normal number of a pair, if there is one in hand.
     """
 
+    generator: str
     state: SidecarTensor
     position: int
     gauss: float | None
+
+
+@attrs.frozen(kw_only=True)
+class RankRecord:
+    """Which of several processes generators are of.
+
+    Attributes:
+        rank: The process's number, from 0.
+        world_size: How many processes there were.
+        adapters: BLAKE3 over the adapters' tensors, which are the same in all processes: the files
+            of ranks that state another digest are of another save.
+    """
+
+    rank: int
+    world_size: int
+    adapters: str
 
 
 @attrs.frozen(kw_only=True)
@@ -59,12 +83,14 @@ class RngRecord:
     """The states of the generators.
 
     Attributes:
+        process: Whose they are; `None` if one process saved alone.
         python: Of `random`.
         numpy: Of `numpy.random`.
         torch_cpu: uint8, shape (5056,): of torch on the CPU.
         accelerators: Of torch on each device: ``"cuda:0"`` → uint8 state.
     """
 
+    process: RankRecord | None
     python: PythonRng
     numpy: NumpyRng
     torch_cpu: SidecarTensor
@@ -83,27 +109,42 @@ def capture(_: ModelView) -> RngRecord:
     return states()
 
 
+def capture_like(_: ModelView, record: RngRecord) -> RngRecord:
+    """Read the generators for a comparison; of another rank's, only that they are another's."""
+    here, saved = this_process(), record.process
+    if not is_own(record):
+        process = RankRecord(rank=here.rank, world_size=here.world_size, adapters="")
+        if saved is not None:
+            process = attrs.evolve(process, adapters=saved.adapters)
+        return attrs.evolve(record, process=process)
+    found = saved and attrs.evolve(saved, world_size=here.world_size)
+    return attrs.evolve(states(), process=found)
+
+
+def is_own(record: RngRecord) -> bool:
+    """Whether generators are those of this process's rank; one that is alone takes any."""
+    here = this_process()
+    return here.world_size == 1 or here.rank == (record.process.rank if record.process else 0)
+
+
 def states() -> RngRecord:
     """The states of the generators of this process.
 
     Raises:
-        ValueError: numpy's global generator is not the one it has by default.
+        ValueError: numpy's global generator is of a kind that is not numpy's own.
     """
     import numpy as np
     import torch
 
     version, words, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
-    if numpy["bit_generator"] != TWISTER:
-        raise ValueError(
-            f"numpy's global generator is a {numpy['bit_generator']}, of which the state is not "
-            f"saved; give it a {TWISTER} with numpy.random.set_bit_generator"
-        )
     return RngRecord(
+        process=None,
         python=PythonRng(version=version, state=_words("rng.python", words), gauss=gauss),
         numpy=NumpyRng(
-            state=_words("rng.numpy", numpy["state"]["key"].tolist()),
-            position=int(numpy["state"]["pos"]),
+            generator=numpy["bit_generator"],
+            state=_words("rng.numpy", words_of(numpy)),
+            position=int(numpy["state"].get("pos", 0)),
             gauss=float(numpy["gauss"]) if numpy["has_gauss"] else None,
         ),
         torch_cpu=SidecarTensor.of("rng.torch_cpu", torch.get_rng_state()),
@@ -115,8 +156,31 @@ def states() -> RngRecord:
 
 
 def restore(record: RngRecord, _: ModelView) -> None:
-    """Set every generator that this process has."""
-    set_states(record)
+    """Set every generator that this process has, unless the states are another rank's."""
+    here, saved = this_process(), record.process
+    rank, world_size = (saved.rank, saved.world_size) if saved else (0, 1)
+    if is_own(record):
+        set_states(record)
+        if world_size != here.world_size:
+            warn(
+                f"The state was saved by {_processes(world_size)} and is loaded by "
+                f"{here.world_size}. The random generators of this process, rank {here.rank}, "
+                f"were set to those of rank {rank}; what the processes draw together is not what "
+                "it would have been.",
+                RankStateWarning,
+            )
+        return
+    warn(
+        f"The state was saved by {_processes(world_size)} and is loaded by {here.world_size}. It "
+        f"holds no random generators of rank {here.rank}, so those of this process were left as "
+        "they stood.",
+        RankStateWarning,
+    )
+
+
+def _processes(count: int) -> str:
+    """A number of processes in a sentence."""
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def set_states(record: RngRecord) -> None:
@@ -125,33 +189,22 @@ def set_states(record: RngRecord) -> None:
     Raises:
         ValueError: A state does not fit its generator; all generators are then as they were.
     """
-    before = states()
+    before = Standing.now()
     try:
         _set(record)
     except BaseException:
-        _set(before)
+        before.put_back()
         raise
 
 
 def _set(record: RngRecord) -> None:
     """Set the generators one after the other."""
-    import numpy as np
     import torch
 
-    python, numpy = record.python, record.numpy
-    words = _ints(numpy.state)
-    if not 0 <= numpy.position <= len(words):  # numpy would read beyond the end
-        raise ValueError(f"the state of numpy's generator has no position {numpy.position}")
+    python = record.python
     random.setstate((python.version, tuple(_ints(python.state)), python.gauss))
-    np.random.set_state(
-        (
-            TWISTER,
-            np.array(words, dtype=np.uint32),
-            numpy.position,
-            int(numpy.gauss is not None),
-            numpy.gauss or 0.0,
-        )
-    )
+    _set_numpy(record.numpy)
+    _check_torch(record.torch_cpu.load())
     torch.set_rng_state(record.torch_cpu.load())
     present = devices()
     for device, state in record.accelerators.items():
@@ -160,8 +213,51 @@ def _set(record: RngRecord) -> None:
             backend.set_rng_state(state.load(), index)
 
 
+def _set_numpy(record: NumpyRng) -> None:
+    """Set numpy's global generator, to another kind if it is of another one."""
+    import numpy as np
+
+    words = _ints(record.state)
+    state = state_of(record.generator, words)
+    if record.generator == TWISTER:
+        if not 0 <= record.position <= len(words):  # numpy would read beyond the end
+            raise ValueError(f"the state of numpy's generator has no position {record.position}")
+        state["state"]["pos"] = record.position
+    set_kind(record.generator)
+    has_gauss = record.gauss is not None
+    np.random.set_state({**state, "has_gauss": int(has_gauss), "gauss": record.gauss or 0.0})
+
+
+def _check_torch(state: torch.Tensor) -> None:
+    """Refuse a state with which torch would read beyond its end.
+
+    torch looks at two numbers in it, how many words are left and which is the next, but not at both
+    (`ATen/core/MT19937RNGEngine.h::mt19937::is_valid`).
+
+    Raises:
+        ValueError: They do not fit.
+    """
+    raw = state.numpy().tobytes()
+    if len(raw) >= _TORCH_HEAD.size:
+        _, left, _, following = _TORCH_HEAD.unpack_from(raw)
+        if left + following > _TWISTER_WORDS + 1:
+            raise ValueError("the state of torch's generator has words beyond its end")
+
+
+_TWISTER_WORDS = 624
+_TORCH_HEAD = struct.Struct("=Qiiq")
+"""Seed, words left, whether it was seeded, and the next word
+(`ATen/CPUGeneratorImpl.cpp::CPUGeneratorImplStateLegacy`)."""
+
+
 def _ints(state: SidecarTensor) -> list[int]:
-    """The words of a state."""
+    """The words of a state.
+
+    Raises:
+        ValueError: There are more than any generator has.
+    """
+    if (count := state.load().numel()) > _TWISTER_WORDS + 1:
+        raise ValueError(f"a state of {count} words, more than any generator has")
     return [int(word) for word in state.load().tolist()]
 
 
@@ -169,6 +265,7 @@ SECTION = Section(
     name="rng",
     record=RngRecord,
     capture=capture,
+    capture_like=capture_like,
     restore=restore,
     error=RngMismatchError,
 )

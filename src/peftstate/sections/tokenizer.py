@@ -6,13 +6,16 @@ and padding on the other side another answer to all but the longest prompt of a 
 
 from __future__ import annotations
 
+import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from peftstate._digest import json_digest
+from peftstate._digest import file_digest, json_digest
 from peftstate.errors import TokenizerMismatchError
 from peftstate.sections._base import Section
 
@@ -35,6 +38,9 @@ RESTORED = frozenset(
 )
 """The fields that a load sets, and the one that follows from them."""
 SIDES = ("left", "right")
+_TEMPLATE_NAME = re.compile(r"\w[\w .-]*")
+"""What chat templates may be called: a tokenizer that is saved writes each to a file of its name
+(`transformers/tokenization_utils_base.py::save_chat_templates`)."""
 NO_LIMIT = int(1e30)
 """What transformers takes as the maximum length of a tokenizer that has none."""
 
@@ -91,6 +97,9 @@ class TokenizerRecord:
         chat_templates: The chat templates by name; the usual one is ``"default"``.
         template_ids: BLAKE3 over the ids of the templates' own text: whether the marks in them are
             tokens. Nothing is rendered.
+        files: The files that it writes when it is saved: name → SHA-256; `None` if that is not
+            known (schema 1). Where they lie beside the adapter unchanged, a load need not look
+            into them. Other files of the same tokenizer are no difference.
     """
 
     kind: str
@@ -104,6 +113,7 @@ class TokenizerRecord:
     model_max_length: int | None
     chat_templates: Mapping[str, str]
     template_ids: str | None
+    files: Mapping[str, str] | None
 
 
 def tokenizer_of(given: Any) -> PreTrainedTokenizerBase | None:
@@ -125,6 +135,22 @@ def _is_given(view: ModelView) -> bool:
 
 def capture(view: ModelView) -> TokenizerRecord:
     """Describe the tokenizer."""
+    return _describe(view, _files(view.tokenizer))
+
+
+def _files(owner: Any) -> dict[str, str] | None:
+    """What a tokenizer, or a processor, writes when it is saved; `None` if there is no place."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            owner.save_pretrained(folder)
+            files = sorted(path for path in Path(folder).iterdir() if path.is_file())
+            return {path.name: file_digest(path.read_bytes()) for path in files}
+    except OSError:
+        return None
+
+
+def _describe(view: ModelView, files: Mapping[str, str] | None) -> TokenizerRecord:
+    """The record of a tokenizer that writes certain files."""
     tokenizer: Any = tokenizer_of(view.tokenizer)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     behind = {id_: token for id_, token in added.items() if id_ >= tokenizer.vocab_size}
@@ -139,6 +165,7 @@ def capture(view: ModelView) -> TokenizerRecord:
             },
             special_tokens=_special_tokens(tokenizer),
             canaries=_canaries(tokenizer),
+            files=files,
             **_settings(view),
         )
 
@@ -242,7 +269,7 @@ def _templates(view: ModelView) -> dict[str, str]:
 
 def capture_like(view: ModelView, record: TokenizerRecord) -> TokenizerRecord:
     """Capture for a comparison. The class has other names in other releases; it decides nothing."""
-    found = capture(view)
+    found = _describe(view, record.files)
     restored = {name: getattr(record, name) for name in RESTORED}
     does_the_same = attrs.evolve(found, kind=record.kind, **restored) == record
     return attrs.evolve(found, kind=record.kind) if does_the_same else found
@@ -270,6 +297,9 @@ def restore(record: TokenizerRecord, view: ModelView) -> None:
         limit = record.model_max_length
         tokenizer.model_max_length = NO_LIMIT if limit is None else limit
     if _templates(view) != record.chat_templates:
+        for name in record.chat_templates:
+            if not _TEMPLATE_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} cannot be the name of a chat template")
         _set_templates(view, record.chat_templates)
 
 

@@ -45,6 +45,8 @@ class TrainingRecord:
         base: Of the base model.
         adapters: Of each adapter.
         model: Of what PEFT holds beside both.
+        inference_mode: Whether an adapter's config in memory says that it is for inference, as
+            PEFT writes of all; not of prompts.
         gradient_checkpointing: Names of the base model's modules that recompute activations.
         use_reentrant: Which implementation of checkpointing they use; `None` for torch's default.
     """
@@ -52,13 +54,15 @@ class TrainingRecord:
     base: PartRecord
     adapters: Mapping[str, PartRecord]
     model: PartRecord
+    inference_mode: Mapping[str, bool]
     gradient_checkpointing: tuple[str, ...]
     use_reentrant: bool | None
 
     def for_adapters(self, names: Collection[str]) -> TrainingRecord:
         """The record without the adapters that are not looked at."""
         kept = {name: part for name, part in self.adapters.items() if name in names}
-        return attrs.evolve(self, adapters=kept)
+        modes = {name: mode for name, mode in self.inference_mode.items() if name in names}
+        return attrs.evolve(self, adapters=kept, inference_mode=modes)
 
     @property
     def in_train_mode(self) -> bool:
@@ -102,11 +106,25 @@ def capture(view: ModelView) -> TrainingRecord:
         base=part("base"),
         adapters={saved: part("adapter", live) for saved, live in view.adapters.items()},
         model=part("model"),
+        inference_mode={
+            saved: bool(config.inference_mode)
+            for saved, live in view.adapters.items()
+            if not (config := view.model.peft_config[live]).is_prompt_learning
+        },
         gradient_checkpointing=tuple(
             sorted(name for name, module in view.base_modules() if _checkpoints(module))
         ),
         use_reentrant=_use_reentrant(view),
     )
+
+
+def capture_like(view: ModelView, record: TrainingRecord) -> TrainingRecord:
+    """Capture for a comparison with a record, which may know nothing of what was for inference."""
+    found = capture(view)
+    modes = {
+        name: found.inference_mode.get(name, mode) for name, mode in record.inference_mode.items()
+    }
+    return attrs.evolve(found, inference_mode=modes)
 
 
 def _flagged(view: ModelView) -> tuple[Site, ...]:
@@ -150,6 +168,9 @@ def restore(record: TrainingRecord, view: ModelView) -> None:
             flag = part.requires_grad[tensor.name]
             if flag is not None and (tensor.tensor.is_floating_point() or not flag):
                 tensor.tensor.requires_grad_(flag)
+    for saved, mode in record.inference_mode.items():
+        if saved in view.adapters:
+            view.model.peft_config[view.adapters[saved]].inference_mode = mode
     _restore_checkpointing(record, view)
 
 
@@ -166,15 +187,17 @@ def _restore_checkpointing(record: TrainingRecord, view: ModelView) -> None:
         )
         if enable is not None:
             enable(arguments)
+    names = set(record.gradient_checkpointing)
     for name, module in modules:
         if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = name in record.gradient_checkpointing
+            module.gradient_checkpointing = name in names
 
 
 SECTION = Section(
     name="training",
     record=TrainingRecord,
     capture=capture,
+    capture_like=capture_like,
     restore=restore,
     per_adapter=True,
     error=TrainingStateMismatchError,
