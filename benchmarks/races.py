@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+import faulthandler
 import fcntl
+import json
 import multiprocessing
 import random
 import sys
@@ -80,7 +82,7 @@ class Outcome:
 
     race: Race
     reads: Counter[int | str]
-    saves: Counter[str]
+    saves: Counter[int | str]
     last: int | str
 
     @property
@@ -146,16 +148,19 @@ class _Track:
     Attributes:
         race: The race.
         generations: What is saved.
-        folder: Where to.
+        place: A folder for what is saved and for what the processes report.
         end: When it ends.
-        results: Takes what a process has counted, and whether it was a reader.
     """
 
     race: Race
     generations: Generations
-    folder: Path
+    place: Path
     end: float
-    results: Any
+
+    @property
+    def folder(self) -> Path:
+        """Where to save."""
+        return self.place / "adapter"
 
     def save(self, number: int) -> None:
         """Save a generation."""
@@ -169,53 +174,76 @@ class _Track:
             return self.generations.read(self.folder, adapters=self.race.adapters)
         return self.generations.told(self.race.library, self.folder, adapters=self.race.adapters)
 
-    def save_often(self, index: int) -> None:
+    def save_often(self, report: Path, index: int) -> None:
         """In a process of its own: save one generation after the other."""
-        torch.set_num_threads(1)
-        chance = random.Random(index)
+        _begin(index)
         flock = LOCKS[self.race.locks]
         if flock is not None:
             fcntl.flock = flock  # type: ignore[assignment]  # in this process only
-        counts: Counter[str] = Counter()
         while time.monotonic() < self.end:
             for number in range(index, len(self.generations.models), self.race.savers):
                 try:
                     self.save(number)
-                    counts["saved"] += 1
+                    _report(report, "saved")
                 except Exception as error:  # noqa: BLE001 - what is raised is what is measured
-                    counts[f"{type(error).__name__}: {error}"] += 1
-                time.sleep(self.race.pause * chance.random())
-        self.results.put((False, counts))
+                    _report(report, f"{type(error).__name__}: {error}")
+                time.sleep(self.race.pause * random.random())
 
-    def read_often(self, index: int) -> None:
+    def read_often(self, report: Path, index: int) -> None:
         """In a process of its own: load over and over."""
-        torch.set_num_threads(1)
-        random.seed(index)
-        counts: Counter[int | str] = Counter({self.read(): 1})
+        _begin(index)
+        _report(report, self.read())
         while time.monotonic() < self.end:
-            counts[self.read()] += 1
-        self.results.put((True, counts))
+            _report(report, self.read())
+
+
+def _begin(index: int) -> None:
+    """Begin in a forked process, which may be killed: then its report says how far it came."""
+    faulthandler.disable()
+    torch.set_num_threads(1)  # of OpenMP's threads, a forked process has none
+    random.seed(index)
+
+
+def _report(report: Path, verdict: int | str) -> None:
+    """Add a line to a report."""
+    with report.open("a") as file:
+        file.write(f"{json.dumps(verdict)}\n")
 
 
 def run(race: Race, generations: Generations, seconds: float) -> Outcome:
     """Let savers and readers loop for some time."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name, "adapter")
-        track = _Track(race, generations, folder, time.monotonic() + seconds, FORKED.Queue())
+        track = _Track(race, generations, Path(name), time.monotonic() + seconds)
         track.save(0)
-        jobs = [(track.save_often, index) for index in range(race.savers)]
-        jobs += [(track.read_often, index) for index in range(race.readers)]
-        processes = [FORKED.Process(target=job, args=(index,)) for job, index in jobs]
-        for process in processes:
-            process.start()
-        found = [track.results.get(timeout=seconds + 120) for _ in processes]
-        for process in processes:
-            process.join()
-        reads: Counter[int | str] = Counter()
-        saves: Counter[str] = Counter()
-        for is_reader, counts in found:
-            (reads if is_reader else saves).update(counts)
+        savers = [
+            _start(track.save_often, track.place / f"saver-{index}", index)
+            for index in range(race.savers)
+        ]
+        readers = [
+            _start(track.read_often, track.place / f"reader-{index}", index)
+            for index in range(race.readers)
+        ]
+        saves = sum((_counts(*saver) for saver in savers), Counter[int | str]())
+        reads = sum((_counts(*reader) for reader in readers), Counter[int | str]())
         return Outcome(race, reads, saves, track.read())
+
+
+def _start(job: Callable[[Path, int], None], report: Path, index: int) -> tuple[Any, Path]:
+    """Start a process, and say where its report is."""
+    process = FORKED.Process(target=job, args=(report, index))
+    process.start()
+    return process, report
+
+
+def _counts(process: Any, report: Path) -> Counter[int | str]:
+    """What a process has reported, and how it ended if that was not as it should."""
+    process.join()
+    verdicts = map(json.loads, report.read_text().splitlines()) if report.exists() else []
+    counts: Counter[int | str] = Counter(verdicts)
+    if process.exitcode:
+        # safetensors maps a file into memory, which is a bus error when it is cut meanwhile.
+        counts[f"untyped end of the process, with {process.exitcode}"] += 1
+    return counts
 
 
 RACES = (

@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 
 import peftstate
 from peftstate.errors import (
-    BaseModelMismatchError,
     IntegrityError,
     MergedWeightsWarning,
     SaveError,
+    StateMismatchError,
 )
 
 pytestmark = [
@@ -240,11 +240,15 @@ def test_warned_of(  # noqa: PLR0917 - fixtures
         "unmerge_adapter() first."
     )
     assert torch.equal(logits(model), expected)
+    sections: set[str] = set()
     try:
         loaded = reload(kind)
-    except BaseModelMismatchError:
-        return
-    assert torch.equal(logits(loaded), expected)
+    except StateMismatchError as error:
+        sections = {mismatch.section for mismatch in error.mismatches}
+    if sections:
+        assert "base_model" in sections
+    else:
+        assert torch.equal(logits(loaded), expected)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -342,8 +346,8 @@ def test_trainers_that_merge_at_each_step_pay_once(make, monkeypatch):
 def test_a_merge_that_fails(make, monkeypatch):
     """It raises what PEFT raises; prompts have nothing to merge."""
     model = make()
-    with pytest.raises(TypeError):
-        model.merge_adapter("default")  # PEFT wants a list
+    with pytest.raises((TypeError, ValueError), match="should be a list"):
+        model.merge_adapter("default")
     prompts = peftstate.get_peft_model(
         make().unload(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     )
@@ -375,6 +379,12 @@ COMBINATIONS = {
 }
 
 
+IS_OLD = peft.__version__.startswith("0.17.")
+"""Whether this is the oldest PEFT, which mixes with negative weights only by an SVD, of which it
+leaves tensors that it cannot save."""
+NEGATIVE = [] if IS_OLD else [("linear", [1.5, -0.5])]
+
+
 def test_every_combination_of_peft_is_here():
     """A way to mix adapters that PEFT gets anew must be looked at."""
     mix = inspect.signature(LoraModel.add_weighted_adapter).parameters["combination_type"]
@@ -387,11 +397,11 @@ def test_every_combination_of_peft_is_here():
 @pytest.mark.parametrize("merges", [False, True], ids=["as it is", "merged"])
 @pytest.mark.parametrize(
     ("name", "weights"),
-    [*((name, [0.7, 0.3]) for name in COMBINATIONS), ("linear", [1.5, -0.5])],
+    [*((name, [0.7, 0.3]) for name in COMBINATIONS), *NEGATIVE],
     ids=str,
 )
 def test_weighted_adapters(  # noqa: PLR0917 - fixtures
-    make, reload, logits, tmp_path, name, weights, merges
+    make, reload, load_base, logits, tmp_path, name, weights, merges
 ):
     """An adapter that was mixed of others, by random draws too, comes back with these."""
     model = make()
@@ -402,13 +412,17 @@ def test_weighted_adapters(  # noqa: PLR0917 - fixtures
     if merges:
         model.merge_adapter()
     expected = logits(model)
+    if IS_OLD and "svd" in name:
+        with pytest.raises(SaveError, match=r"call `\.contiguous\(\)`"):
+            model.save_pretrained(tmp_path)
+        return
     assert warned(model, tmp_path) == ""
     loaded = reload()
     assert torch.equal(logits(loaded), expected)
     if not merges:
         folder = tmp_path / "mixed"
         one = peftstate.PeftModel.from_pretrained(
-            reload().unload(), folder, adapters=[], is_trainable=False
+            load_base("bf16"), folder, adapters=[], is_trainable=False
         )
         assert torch.equal(logits(one), alone)
 

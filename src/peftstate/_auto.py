@@ -136,11 +136,13 @@ class _Recorded:
 
     Attributes:
         config: The bytes of the adapter's PEFT config.
+        commit: The commit that they are of, if they come from the Hub.
         kwargs: What to hand to the base model's `from_pretrained`.
         revision: The revision to ask for, if PEFT's config does not say.
     """
 
     config: bytes
+    commit: str | None
     kwargs: dict[str, Any]
     revision: str | None
 
@@ -250,6 +252,7 @@ class _Auto:
             seen = path
             if recorded is not None:
                 own |= {name: kwargs.pop(name) for name in ("subfolder",) if name in kwargs}
+                own["revision"] = recorded.commit or revision  # a branch may move meanwhile
                 seen = str(stack.enter_context(_with_config_only(recorded.config)))
                 kwargs = {**recorded.kwargs, **kwargs}
             loader = _loader(cls, path, own, None if recorded is None else recorded.revision)
@@ -306,7 +309,9 @@ def _recorded(
     if "torch_dtype" in kwargs:  # the old name of the same argument
         found.pop("dtype", None)
     found |= _edits(manifest, config, base_revision, kwargs)
-    return _Recorded(config=dumps(config), kwargs=found, revision=base_revision)
+    return _Recorded(
+        config=dumps(config), commit=folder.commit, kwargs=found, revision=base_revision
+    )
 
 
 def _read_config(folder: AdapterFolder) -> tuple[Manifest, dict[str, Json]]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from peftstate._disk import is_there, read_file
+from peftstate._hub import HubRepo
 from peftstate._names import safe_name
 from peftstate._storage import (
     ADAPTER_CONFIG_NAME,
@@ -65,12 +66,14 @@ class AdapterFolder:
         trusted: The keys one of which must have signed what is read, by their ids; `None` if none.
         signed: What was signed, to which each file is held; with `trusted`, nothing but the
             signature can be read without it.
+        repo: The repo at the commit that this is a folder of, if it was opened by the repo's id.
     """
 
     path: Path
     root: Path
     trusted: TrustedById | None = None
     signed: Signed | None = None
+    repo: HubRepo | None = None
 
     @classmethod
     def at(cls, path: Path) -> AdapterFolder:
@@ -92,6 +95,26 @@ class AdapterFolder:
         """The commit, when this is a folder of the Hub's cache."""
         snapshot = self._snapshot()
         return None if snapshot is None else snapshot.name
+
+    def fetch(self, *, subfolders: Collection[str] = (), names: Collection[str] = ()) -> None:
+        """Download more of the same commit, if this is a folder on the Hub.
+
+        Args:
+            subfolders: Folders below this one that hold further adapters.
+            names: Other files.
+
+        Raises:
+            HfHubHTTPError: The Hub refused.
+            AdapterNotFoundError: The Hub is not to be reached and the cache lacks files.
+        """
+        snapshot = self._snapshot()
+        if self.repo is None or snapshot is None or not (subfolders or names):
+            return
+        own = self.path.relative_to(snapshot).as_posix().removeprefix(".")
+        patterns = [*_patterns(own, names)]
+        for subfolder in subfolders:
+            patterns += _patterns(f"{own}/{subfolder}")
+        self.repo.download(patterns)
 
     @property
     def is_pending(self) -> bool:
@@ -230,13 +253,11 @@ def open_folder(
     token: str | bool | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
-    names: Collection[str] = (),
 ) -> AdapterFolder:
     """Open an adapter folder given as PEFT's `from_pretrained` is given it.
 
     Of a repo on the Hub the adapter's files are downloaded, all of one commit; what the repo does
-    not hold is absent from the folder. A sub-folder of it is opened by a second call, with
-    `AdapterFolder.commit` for the revision.
+    not hold is absent from the folder. `AdapterFolder.fetch` gets those of further adapters.
 
     Args:
         model_id: A local folder, or else the id of a repo on the Hub.
@@ -246,33 +267,32 @@ def open_folder(
         token: Access token for the Hub.
         local_files_only: Whether to take only what the cache holds.
         force_download: Whether to download what the cache holds already.
-        names: Files to download beside those of the adapter.
 
     Raises:
         HfHubHTTPError: The Hub refused, as it does for a repo that does not exist.
-        LocalEntryNotFoundError: The Hub is not to be reached and the cache does not have the repo.
+        AdapterNotFoundError: There is no such folder, the cache does not hold such a repo, and the
+            Hub is not to be reached.
     """
     local = AdapterFolder.at(Path(model_id, subfolder or ""))
     # Path.is_dir raises where it may not look.
     if os.path.isdir(model_id) or local.exists(ADAPTER_CONFIG_NAME):  # noqa: PTH112
         return local
 
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    prefix = f"{glob.escape(subfolder.strip('/'))}/" if subfolder else ""
-    try:
-        snapshot = snapshot_download(
-            os.fspath(model_id),
-            revision=revision,
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-            token=token,
-            local_files_only=local_files_only,
-            force_download=force_download,
-            allow_patterns=[
-                prefix + pattern for pattern in (*HUB_PATTERNS, *map(glob.escape, names))
-            ],
-        )
-    except HFValidationError:
+    repo = HubRepo(
+        name=os.fspath(model_id),
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+    )
+    snapshot = repo.download(_patterns(subfolder or ""), force_download=force_download)
+    if snapshot is None:
         return local  # no repo has such a name, so it was meant as a path; all files are absent
-    return AdapterFolder.at(Path(snapshot, subfolder or ""))
+    folder = AdapterFolder.at(snapshot / (subfolder or ""))
+    return attrs.evolve(folder, repo=attrs.evolve(repo, revision=folder.commit))
+
+
+def _patterns(subfolder: str, names: Collection[str] = ()) -> list[str]:
+    """What to ask the Hub for of a folder: the files of an adapter, and others by their names."""
+    prefix = f"{glob.escape(subfolder.strip('/'))}/" if subfolder.strip("/") else ""
+    return [prefix + pattern for pattern in (*HUB_PATTERNS, *map(glob.escape, names))]

@@ -8,9 +8,11 @@ over a method before is called below ours, and what is put over ours later calls
 from __future__ import annotations
 
 import functools
+import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -19,8 +21,10 @@ from transformers import Trainer
 from transformers.integrations.peft import PeftAdapterMixin
 
 from peftstate import _auto, _models
+from peftstate._arguments import hub_arguments
 from peftstate._calls import is_calling_peft
-from peftstate._folder import open_folder
+from peftstate._folder import AdapterFolder
+from peftstate._hub import may_have
 from peftstate._policy import OnMismatch, Policy
 from peftstate._storage import MANIFEST_NAME
 from peftstate._warn import warn
@@ -210,10 +214,12 @@ def _load_into_transformers(original: Method) -> Method:
 
     @functools.wraps(original)
     def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(original).bind_partial(self, peft_model_id, *args, **kwargs)
+        hub = _hub_arguments(given.arguments)  # before transformers takes some of them out
         result = original(self, peft_model_id, *args, **kwargs)
         if peft_model_id is None or _passes_on():
             return result
-        if open_folder(peft_model_id).exists(MANIFEST_NAME):
+        if _may_have_manifest(peft_model_id, **hub):
             warn(
                 f"{peft_model_id}: transformers loaded this adapter by itself, so nothing of its "
                 "state was verified or restored. Load it with AutoPeftModelFor….from_pretrained "
@@ -223,6 +229,22 @@ def _load_into_transformers(original: Method) -> Method:
         return result
 
     return load_adapter
+
+
+def _hub_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """How transformers was told to find an adapter on the Hub."""
+    adapter_kwargs = given.get("adapter_kwargs") or {}
+    return hub_arguments({**given, **given.get("kwargs", {}), **adapter_kwargs})
+
+
+def _may_have_manifest(
+    path: str | os.PathLike[str], *, subfolder: str | None = None, **hub: Any
+) -> bool:
+    """Whether there is a manifest, or none can be seen: the load itself must not fail for this."""
+    local = AdapterFolder.at(Path(path, subfolder or ""))
+    if Path(path).is_dir():
+        return local.exists(MANIFEST_NAME)
+    return may_have(os.fspath(path), MANIFEST_NAME, subfolder=subfolder, etag_timeout=3, **hub)
 
 
 def _passes_on() -> bool:

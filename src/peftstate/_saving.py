@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import safetensors.torch
+from torch.distributed.tensor import DTensor
 
 from peftstate._digest import file_digest
 from peftstate._folder import AdapterFolder
@@ -298,9 +299,21 @@ def _write_adapters(view: ModelView, folder: Path, write: WriteAdapter, *, conve
     try:
         with at_rest(model, next(iter(view.adapters.values()))):
             write(folder, _detached(model))
-    except BaseException:
+    except BaseException as error:
         snapshot.restore()
+        if isinstance(error, RuntimeError) and (shard := _first_shard(view)):
+            raise ValueError(
+                f"the adapter's tensor {shard!r} is a shard of FSDP's; gather the tensors on all "
+                "ranks with torch.distributed.checkpoint.state_dict.get_model_state_dict, and pass "
+                "them as state_dict="
+            ) from error
         raise
+
+
+def _first_shard(view: ModelView) -> str | None:
+    """The name of an adapter's tensor of which this process has but a part, if there is one."""
+    sites = (site for site in view.tensors() if site.part == "adapter")
+    return next((site.name for site in sites if isinstance(site.tensor, DTensor)), None)
 
 
 def _detached(model: nn.Module) -> dict[str, torch.Tensor]:

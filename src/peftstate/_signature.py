@@ -83,10 +83,8 @@ def open_for_load(
         return open_folder(source, **hub)
     keys = trusted_by_id(trusted_keys)
     folder = attrs.evolve(open_folder(source, **hub), trusted=keys)
-    if folder.commit is not None:
-        names = _statement(folder).files
-        again = {"revision": folder.commit, "force_download": False}
-        open_folder(source, names=names, **{**hub, **again})
+    if folder.repo is not None:
+        folder.fetch(names=_statement(folder).files)
     return folder
 
 

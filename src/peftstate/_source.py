@@ -121,10 +121,14 @@ def _read(folder: AdapterFolder, names: Collection[str] | None) -> Source:
     records = manifest.sections["adapters"].adapters
     if unknown := sorted(set(names or ()) - records.keys()):
         raise ValueError(f"{folder.path} has no adapter {unknown[0]!r}; it has {sorted(records)}")
-    found = {
-        name: _read_adapter(folder, name, record, manifest)
+    wanted = {
+        name: record
         for name, record in records.items()
         if names is None or name in names or record.folder == "."
+    }
+    folder.fetch(subfolders={record.folder for record in wanted.values()} - {"."})
+    found = {
+        name: _read_adapter(folder, name, record, manifest) for name, record in wanted.items()
     }
     sections = with_own_states(folder, _with_sidecar(folder, manifest))
     check_all(folder, {records[name].folder for name in found} - {"."})

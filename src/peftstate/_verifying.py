@@ -120,8 +120,10 @@ def _folders(folder: AdapterFolder) -> Iterator[tuple[str, AdapterFolder, Manife
     """The folder and those of its extra adapters: name, folder, and the manifest that is in it."""
     root = manifest_of(folder)
     check_folders(folder, root)
+    records = root.sections["adapters"].adapters.values()
+    folder.fetch(subfolders={record.folder for record in records} - {"."})
     yield ".", folder, root
-    for record in root.sections["adapters"].adapters.values():
+    for record in records:
         if record.folder != ".":
             place = folder.subfolder(record.folder)
             manifest = manifest_of(place) if place.exists(MANIFEST_NAME) else None

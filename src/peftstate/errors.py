@@ -1,6 +1,7 @@
 """The errors and warnings of peftstate.
 
 PeftStateError
+├─ AdapterNotFoundError             .name .reason; also FileNotFoundError, ValueError
 ├─ ManifestError                    .path
 │  ├─ ManifestNotFoundError         also FileNotFoundError
 │  ├─ ManifestDecodeError           also ValueError; .field
@@ -55,6 +56,26 @@ class PeftStateError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args, self.__dict__.copy())
+
+
+class AdapterNotFoundError(PeftStateError, FileNotFoundError, ValueError):
+    """There is neither such a folder nor, as far as can be seen, such a repo; the cause is chained.
+
+    It is a `ValueError` too, which PEFT itself raises then. What the Hub refuses (there is no such
+    repo, no such revision, no access) is the error of `huggingface_hub` that says so.
+
+    Attributes:
+        name: What was asked for.
+        reason: Why it is not to be had from the Hub or from the Hub's cache.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{printable(name)}: there is no such folder; {reason}.")
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ManifestError(PeftStateError):

@@ -98,8 +98,11 @@ class Suite:
             outcomes = Path(directory, "outcomes.json")
             command = ["-p", "peft_suite.plugin", "--classes", classes]
             command += ["--outcomes", str(outcomes)]
-            # PEFT's own options want its coverage measured.
-            command += ["-o", "addopts=", "-p", "no:cacheprovider", "-qq", "--no-header"]
+            # PEFT's own settings want its coverage measured.
+            settings = Path(directory, "pytest.ini")
+            settings.write_text("[pytest]\n")
+            command += ["-c", str(settings), "--rootdir", str(self.root)]
+            command += ["-p", "no:cacheprovider", "-qq", "--no-header"]
             command += ["-W", "ignore", "--tb=short", "--show-capture=no", "-r", "N"]
             command += ["--continue-on-collection-errors", "-n", str(self.processes)]
             if keyword:

@@ -28,7 +28,8 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Use both."""
-        return self.project(x) @ self.experts.sum(0)
+        output: torch.Tensor = self.project(x) @ self.experts.sum(0)
+        return output
 
 
 def quantized() -> Any:

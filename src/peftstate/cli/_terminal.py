@@ -14,7 +14,12 @@ import typer
 from rich.console import Console
 
 from peftstate._diff import Json
-from peftstate.errors import ManifestNotFoundError, PeftStateError, SchemaVersionError
+from peftstate.errors import (
+    AdapterNotFoundError,
+    ManifestNotFoundError,
+    PeftStateError,
+    SchemaVersionError,
+)
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -48,19 +53,29 @@ def print_json(value: Json) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def exit_code(error: PeftStateError) -> Exit:
-    """The exit code that stands for an error."""
-    unreadable = isinstance(error, (ManifestNotFoundError, SchemaVersionError))
-    return Exit.UNVERIFIABLE if unreadable else Exit.DIFFERS
+def exit_code(error: PeftStateError | OSError) -> Exit:
+    """The exit code that stands for an error: one of ours, of the Hub, or of the system."""
+    compared = isinstance(error, PeftStateError) and not isinstance(
+        error, (AdapterNotFoundError, ManifestNotFoundError, SchemaVersionError)
+    )
+    return Exit.DIFFERS if compared else Exit.UNVERIFIABLE
+
+
+def in_one_line(error: PeftStateError | OSError) -> str:
+    """An error as it is printed. Of those of the Hub only the first lines says what is wrong."""
+    text = str(error)
+    if not isinstance(error, PeftStateError):
+        text = next((line for line in text.splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"
 
 
 @contextmanager
 def errors_end_the_program() -> Iterator[None]:
-    """Print an error of ours without a traceback, and exit."""
+    """Print an error of ours, of the Hub or of the system without a traceback, and exit."""
     try:
         yield
-    except PeftStateError as error:
-        fail(f"{type(error).__name__}: {error}", exit_code(error))
+    except (PeftStateError, OSError) as error:
+        fail(in_one_line(error), exit_code(error))
 
 
 def fail(message: str, code: Exit) -> NoReturn:

@@ -15,7 +15,16 @@ from rich.progress import track
 from peftstate._report import Report
 from peftstate._storage import ADAPTER_CONFIG_NAME, MANIFEST_NAME, RESERVED_PREFIX
 from peftstate._verifying import verify_files
-from peftstate.cli._terminal import AsJson, Exit, TrustedKeys, err, exit_code, out, print_json
+from peftstate.cli._terminal import (
+    AsJson,
+    Exit,
+    TrustedKeys,
+    err,
+    exit_code,
+    in_one_line,
+    out,
+    print_json,
+)
 from peftstate.cli.diff import to_json
 from peftstate.errors import PeftStateError
 
@@ -114,8 +123,8 @@ def _verdict(source: str, trusted_keys: Sequence[Path] | None) -> _Verdict:
     """Verify one adapter."""
     try:
         report = verify_files(source, trusted_keys=trusted_keys)
-    except PeftStateError as error:
-        return _Verdict(source, exit_code(error), error=f"{type(error).__name__}: {error}")
+    except (PeftStateError, OSError) as error:
+        return _Verdict(source, exit_code(error), error=in_one_line(error))
     return _Verdict(source, Exit.OK if report.ok else Exit.DIFFERS, report)
 
 

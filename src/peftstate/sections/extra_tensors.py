@@ -225,17 +225,37 @@ def restore_adapters(record: ExtraTensorsRecord, view: ModelView) -> None:
         live = view.adapters[adapter]
         if view.model.peft_config[live].is_prompt_learning:
             _make_trainable_form(view, live, tensors.keys())
+        loses_ranks = view.model.peft_config[live].peft_type == "ADALORA"
         for site in view.tensors():
             if site.adapter == live and site.name in tensors:
-                _put(tensors[site.name], site)
+                saved = tensors[site.name]
+                rank = _rank_dimension(site.name) if loses_ranks else None
+                _put(saved, site, any_size_of=rank)
 
 
-def _put(saved: SidecarTensor, site: TensorSite) -> None:
+def _rank_dimension(name: str) -> int:
+    """The dimension of an AdaLoRA matrix that is as long as its rank.
+
+    PEFT saves and loads the ranks that are left, and trains on with all
+    (`peft/tuners/adalora/model.py::AdaLoraModel.resize_modules_by_rank_pattern`).
+    """
+    return 1 if name.endswith("lora_B") else 0
+
+
+def _put(saved: SidecarTensor, site: TensorSite, *, any_size_of: int | None = None) -> None:
     """Put a saved tensor in its place, if it fits there; if not, the comparison tells.
 
     Kernels take the shape of a weight from the layer that it is in, and read as far as that.
+
+    Args:
+        saved: The tensor.
+        site: The place.
+        any_size_of: A dimension in which it may be of another size.
     """
-    if tuple(saved.shape) == tuple(site.tensor.shape):
+    wanted, found = list(saved.shape), list(site.tensor.shape)
+    if any_size_of is not None and len(wanted) == len(found):
+        del wanted[any_size_of], found[any_size_of]
+    if wanted == found:
         site.replace(saved.load().to(site.tensor.device))
 
 

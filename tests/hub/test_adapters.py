@@ -1,0 +1,259 @@
+"""Adapters on the Hub: pushed, downloaded, pinned to one commit, and found offline in the cache."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import RevisionNotFoundError
+from peft import LoraConfig
+
+import peftstate
+from peftstate import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peftstate.errors import (
+    AdapterNotFoundError,
+    IntegrityError,
+    MissingManifestWarning,
+    SignatureError,
+)
+from tests.conftest import IDS
+from tests.hub.stub import etag_of
+
+REPO = "user/adapter"
+EXTRA = ("extra/adapter_config.json", "extra/adapter_model.safetensors", "extra/peftstate.json")
+OWN = ("adapter_config.json", "adapter_model.safetensors", "peftstate.json", "peftstate.tensors")
+
+
+def with_adapters(base: Any, *names: str, seed: int = 0) -> Any:
+    """A model with adapters that change what it predicts."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(base, config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    return model.eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    """What a model predicts."""
+    with torch.no_grad():
+        found: torch.Tensor = model(IDS).logits
+    return found
+
+
+@pytest.fixture
+def model(load_base, hub, client):
+    """A model with two adapters, which has been pushed to the Hub."""
+    model = with_adapters(load_base("bf16"), "default", "extra")
+    model.push_to_hub(REPO)
+    return model
+
+
+def test_push(model, hub, tmp_path):
+    """A push uploads all that a save writes, the folders of extra adapters included."""
+    model.save_pretrained(tmp_path / "saved")
+    files = hub.repo(REPO).files()
+    assert {*OWN, *EXTRA} < files.keys()
+    saved = {
+        path.relative_to(tmp_path / "saved").as_posix()
+        for path in (tmp_path / "saved").rglob("*")
+        if path.is_file()
+    }
+    assert saved == files.keys()
+    for name in ("adapter_model.safetensors", "extra/adapter_model.safetensors"):
+        assert files[name] == (tmp_path / "saved" / name).read_bytes()
+
+
+def test_push_to_a_branch(load_base, model, hub):
+    """A push with a revision leaves the main branch alone."""
+    other = with_adapters(load_base("bf16"), "default", seed=1)
+    main = hub.repo(REPO).branches["main"]
+    other.push_to_hub(REPO, revision="next")
+    assert hub.repo(REPO).branches["main"] == main
+    loaded = PeftModel.from_pretrained(load_base("bf16"), REPO, revision="next", adapters=())
+    assert torch.equal(logits(loaded), logits(other))
+    found = peftstate.read_manifest(REPO, revision="next").sections["adapters"].adapters
+    assert found.keys() == {"default"}
+    with pytest.raises(RevisionNotFoundError):
+        PeftModel.from_pretrained(load_base("bf16"), REPO, revision="nothing")
+
+
+@pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "local_files_only", "no network"])
+def test_load(model, load_base, hub, client, layout, how):
+    """What was loaded online once is loaded from the cache, extra adapters included."""
+    for _ in range(2):
+        options = {"local_files_only": True} if how == "local_files_only" and _ else {}
+        loaded = PeftModel.from_pretrained(load_base("bf16"), REPO, **options)
+        assert loaded.peft_config.keys() == {"default", "extra"}
+        for name in ("default", "extra"):
+            for each in (model, loaded):
+                each.set_adapter(name)
+            assert torch.equal(logits(loaded), logits(model))
+        model.set_adapter("default")
+        assert peftstate.verify_files(REPO, **options).ok
+        assert peftstate.read_manifest(REPO, **options).files.keys() == {*OWN[1::2], EXTRA[1]}
+        if how == "HF_HUB_OFFLINE":
+            client.go(online=False)
+        elif how == "no network":
+            client.lose_network()
+        hub.asked.clear()
+    assert hub.asked == []
+
+
+def test_load_from_shared_blobs(model, load_base, client):
+    """The blobs that repos share in the cache of huggingface_hub 2 are followed."""
+    PeftModel.from_pretrained(load_base("bf16"), REPO)
+    share_blobs(client.cache)
+    client.go(online=False)
+    loaded = PeftModel.from_pretrained(load_base("bf16"), REPO)
+    assert torch.equal(logits(loaded), logits(model))
+    assert peftstate.verify_files(REPO).ok
+
+
+def share_blobs(cache: Path) -> None:
+    """Move all blobs to where huggingface_hub 2 keeps those that repos share."""
+    store = cache / "blobs"
+    store.mkdir()
+    (store / ".huggingface-shared-blobs").write_text("1\n")
+    for number, blob in enumerate(sorted(cache.glob("models--*/blobs/*"))):
+        shared = store / f"{number:02x}" / f"{number:02x}{'0' * 62}"
+        shared.parent.mkdir()
+        blob.rename(shared)
+        blob.symlink_to(os.path.relpath(shared, blob.parent))
+
+
+def test_auto(model, hub, client):
+    """The auto class rebuilds the base model and loads the adapter, online and offline."""
+    for online in (True, False):
+        client.go(online=online)
+        loaded = AutoPeftModelForCausalLM.from_pretrained(REPO)
+        assert torch.equal(logits(loaded), logits(model))
+    assert peftstate.base_model_kwargs(REPO)["dtype"] is torch.bfloat16
+
+
+def test_load_adapter(model, load_base, client):
+    """An adapter of the Hub is loaded into a live model, and its extra ones are not downloaded."""
+    live = with_adapters(load_base("bf16"), "mine", seed=1)
+    for online in (True, False):
+        client.go(online=online)
+        live.load_adapter(REPO, f"theirs{online}")
+        live.set_adapter(f"theirs{online}")
+        assert torch.equal(logits(live), logits(model))
+    assert not list(client.cache.glob("**/snapshots/*/extra"))
+
+
+def test_subfolder(model, load_base, client, tmp_path):
+    """An adapter below the root of a repo is found, and so are the adapters below that."""
+    model.save_pretrained(tmp_path / "saved")
+    huggingface_hub.HfApi(endpoint=huggingface_hub.constants.ENDPOINT).upload_folder(
+        repo_id=REPO, folder_path=tmp_path / "saved", path_in_repo="nested"
+    )
+    for online in (True, False):
+        client.go(online=online)
+        loaded = PeftModel.from_pretrained(load_base("bf16"), REPO, subfolder="nested")
+        assert loaded.peft_config.keys() == {"default", "extra"}
+        assert torch.equal(logits(loaded), logits(model))
+        assert peftstate.verify_files(REPO, subfolder="nested").ok
+        auto = AutoPeftModelForCausalLM.from_pretrained(REPO, subfolder="nested")
+        assert torch.equal(logits(auto), logits(model))
+    snapshot = next(client.cache.glob("**/snapshots/*"))
+    assert not (snapshot / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_a_branch_that_moves(model, load_base, hub, auto):
+    """All files of a load are of one commit, also when somebody pushes in the midst of it."""
+    first = dict(hub.repo(REPO).files())
+    other = with_adapters(load_base("bf16"), "default", "extra", seed=1)
+    other.push_to_hub(REPO)
+    second = dict(hub.repo(REPO).files())
+    assert first["adapter_model.safetensors"] != second["adapter_model.safetensors"]
+    hub.repo(REPO).commit(first)
+
+    hub.before_file = lambda _: hub.repo(REPO).commit(second)
+    if auto:
+        loaded = AutoPeftModelForCausalLM.from_pretrained(REPO)
+    else:
+        loaded = PeftModel.from_pretrained(load_base("bf16"), REPO)
+    assert loaded.peft_config.keys() == {"default", "extra"}
+    assert torch.equal(logits(loaded), logits(model))
+    hub.before_file = lambda _: None
+    assert torch.equal(logits(PeftModel.from_pretrained(load_base("bf16"), REPO)), logits(other))
+
+
+def test_damage(model, load_base, hub):
+    """A file on the Hub that somebody replaced is an integrity error."""
+    files = dict(hub.repo(REPO).files())
+    other = with_adapters(load_base("bf16"), "default", seed=1)
+    other.push_to_hub("user/other")
+    name = "adapter_model.safetensors"
+    hub.repo(REPO).commit({**files, name: hub.repo("user/other").files()[name]})
+    with pytest.raises(IntegrityError, match=name):
+        PeftModel.from_pretrained(load_base("bf16"), REPO)
+    assert not peftstate.verify_files(REPO).ok
+
+
+def test_signature(model, load_base, hub, client, tmp_path):
+    """With trusted keys, nothing but what was signed is taken from the Hub or from its cache."""
+    key = peftstate.signing_key(tmp_path / "key.pem") or tmp_path / "key.pem"
+    model.save_pretrained(tmp_path / "saved", sign_with=tmp_path / "key.pem")
+    api = huggingface_hub.HfApi(endpoint=huggingface_hub.constants.ENDPOINT)
+    api.create_repo("user/signed")
+    api.upload_folder(repo_id="user/signed", folder_path=tmp_path / "saved")
+    trusted = [tmp_path / "key.pub"]
+    for online in (True, False):
+        client.go(online=online)
+        loaded = PeftModel.from_pretrained(
+            load_base("bf16"), "user/signed", trusted_keys=trusted
+        )
+        assert torch.equal(logits(loaded), logits(model))
+        assert peftstate.verify_files("user/signed", trusted_keys=trusted).ok
+    client.go(online=True)
+    hub.repo("user/signed").commit({**hub.repo("user/signed").files(), "tokenizer.json": b"{}"})
+    files = dict(hub.repo("user/signed").files())
+    files["extra/adapter_model.safetensors"] = files["adapter_model.safetensors"]
+    hub.repo("user/signed").commit(files)
+    with pytest.raises(SignatureError, match="extra"):
+        PeftModel.from_pretrained(load_base("bf16"), "user/signed", trusted_keys=trusted)
+    with pytest.raises(SignatureError, match="there is no signature"):
+        PeftModel.from_pretrained(load_base("bf16"), REPO, trusted_keys=trusted)
+
+
+def test_without_a_manifest(load_base, hub, client, tmp_path):
+    """An adapter that plain PEFT pushed is loaded with a warning, online and offline."""
+    model = with_adapters(load_base("bf16"), "default")
+    model.save_pretrained(tmp_path / "saved")
+    names = OWN[:2]
+    hub.repo(REPO, {name: (tmp_path / "saved" / name).read_bytes() for name in names})
+    for online in (True, False):
+        client.go(online=online)
+        with pytest.warns(MissingManifestWarning, match="there is no peftstate manifest"):
+            loaded = PeftModel.from_pretrained(
+                load_base("bf16"), REPO, autocast_adapter_dtype=False
+            )
+        assert torch.allclose(logits(loaded.eval()), logits(model), atol=0.1)
+
+
+def test_a_part_in_the_cache(model, load_base, hub, client):
+    """Offline, an adapter of whose files the cache lacks some is not loaded as if it were whole."""
+    PeftModel.from_pretrained(load_base("bf16"), REPO)
+    (snapshot,) = client.cache.glob("models--user--adapter/snapshots/*")
+    (snapshot / "adapter_model.safetensors").unlink()
+    client.go(online=False)
+    with pytest.raises((AdapterNotFoundError, IntegrityError)) as caught:
+        PeftModel.from_pretrained(load_base("bf16"), REPO)
+    assert "cache" in str(caught.value)
+    client.go(online=True)
+    PeftModel.from_pretrained(load_base("bf16"), REPO)
+
+
+def test_names_of_the_stub():
+    """The stub calls contents as git and Git LFS do."""
+    assert etag_of("a.json", b"{}\n") == "0967ef424bce6791893e9a57bb952f80fd536e93"
+    assert etag_of("a.tensors", b"").startswith("e3b0c44298fc1c149afbf4c8996fb924")
