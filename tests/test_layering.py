@@ -42,6 +42,7 @@ MAY_BE_HEAVY = {
     "_source",
     "_tokenizer_files",
     "_weights",
+    "cli",
     "integrations",
     "sections",
 }
@@ -172,7 +173,8 @@ def test_foundations() -> None:
         return {
             found.target
             for found in IMPORTS
-            if found.importer == module and found.is_ours and not found.is_static
+            if found.importer == module and found.is_ours
+            if not found.is_static and not found.is_late
         }
 
     assert imported("errors") == {"_diff"}

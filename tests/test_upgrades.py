@@ -16,7 +16,7 @@ from tests._records import example
 
 NEW_IN_2: dict[str, dict[str, Any]] = {
     "sections.adapters": {"safe_merge": False},
-    "sections.base_model": {"remote_code": None},
+    "sections.base_model": {"files": {}, "remote_code": None},
     "sections.extra_tensors": {"quantized": {}},
     "sections.rng": {"process": None},
     "sections.rng.numpy": {"generator": "MT19937"},

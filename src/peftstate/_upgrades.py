@@ -19,7 +19,7 @@ Content: TypeAlias = dict[str, Json]
 def _to_2(content: Content) -> Content:
     """Add what schema 1 has no fields for."""
     _add(content, "sections.adapters", {"safe_merge": False})
-    _add(content, "sections.base_model", {"remote_code": None})
+    _add(content, "sections.base_model", {"files": {}, "remote_code": None})
     _add(content, "sections.extra_tensors", {"quantized": {}})
     _add(content, "sections.rng", {"process": None})
     _add(content, "sections.rng.numpy", {"generator": "MT19937"})

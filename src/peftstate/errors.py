@@ -9,6 +9,9 @@ PeftStateError
 ├─ IntegrityError                   .file .expected .actual
 │  └─ UnreadableFileError
 ├─ SignatureError                   .path .reason
+├─ NotServableError                 .path .field .reason
+├─ EngineMismatchError              .path .mismatches .report
+├─ ServerError                      .url .reason; also OSError
 ├─ SaveError                        .rescued
 ├─ RestoreError                     .section
 │  └─ AdapterLoadError              also ValueError, RuntimeError
@@ -175,6 +178,63 @@ class UnreadableFileError(IntegrityError):
 
     def __init__(self, file: str, reason: str) -> None:
         super().__init__(file, "a file", f"one that cannot be read ({reason})")
+
+
+class NotServableError(PeftStateError):
+    """A serving engine cannot compute what the manifest says.
+
+    Attributes:
+        path: The adapter.
+        field: The field of the manifest, such as ``"adapters.adapters.default.config.use_dora"``.
+        reason: What the engine lacks, and what to do.
+    """
+
+    def __init__(self, path: str, field: str, reason: str) -> None:
+        super().__init__(f"{printable(path)}: {printable(field)}: {reason}")
+        self.path = path
+        self.field = field
+        self.reason = reason
+
+
+class EngineMismatchError(PeftStateError):
+    """A serving engine is set up otherwise than the adapter was trained.
+
+    Attributes:
+        path: The adapter.
+        report: Everything that was compared.
+    """
+
+    remedy: ClassVar[str] = (
+        "Start the engine as `peftstate vllm-args` says, or load an adapter that fits this one."
+    )
+
+    def __init__(self, path: str, report: Report) -> None:
+        text = _mismatch_text(report.mismatches, self.remedy, "")
+        super().__init__(f"{printable(path)}: {text}")
+        self.path = path
+        self.report = report
+
+    @property
+    def mismatches(self) -> tuple[Mismatch, ...]:
+        """Every difference that was found."""
+        return self.report.mismatches
+
+
+class ServerError(PeftStateError, OSError):
+    """A server gave nothing that could be compared; the cause, if there is one, is chained.
+
+    Attributes:
+        url: What was asked for.
+        reason: What is wrong, and what to do.
+    """
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(f"{printable(url)}: {reason}")
+        self.url = url
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class SaveError(PeftStateError):

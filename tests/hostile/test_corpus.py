@@ -123,7 +123,7 @@ def test_template_is_not_written_elsewhere(scene: Scene, tmp_path: Path) -> None
     """Names of chat templates that are no paths are restored, and saved to the tokenizer's folder.
 
     Those that are paths (``"../../evil"`` in the corpus) would be written wherever they say by a
-    `save_pretrained` of the tokenizer, in transformers before 5.
+    `save_pretrained` of the tokenizer, in older versions of transformers.
     """
     import copy
 

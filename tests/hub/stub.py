@@ -115,10 +115,11 @@ def serving() -> Iterator[Hub]:
 class _Refused(Exception):  # noqa: N818 - an answer
     """An answer other than 200."""
 
-    def __init__(self, status: int, code: str = "") -> None:
+    def __init__(self, status: int, code: str = "", answer: Any = None) -> None:
         super().__init__(code)
         self.status = status
         self.code = code
+        self.answer = answer or {}
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -170,7 +171,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             raise _Refused(404)
         except _Refused as refused:
             headers = {"X-Error-Code": refused.code} if refused.code else {}
-            self._send_bytes(refused.status, b"{}", headers)
+            self._send_bytes(refused.status, json.dumps(refused.answer).encode(), headers)
 
     def _read_body(self) -> bytes:
         """What came with the request, in one piece or in chunks."""
@@ -245,10 +246,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _create(self) -> Any:
         asked = json.loads(self.body)
         name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+        answer = {"url": f"{self.hub.endpoint}/{name}", "name": name, "id": "0"}
         if name in self.hub.repos:
-            raise _Refused(409)
+            raise _Refused(409, answer=answer)
         self.hub.repo(name)
-        return {"url": f"{self.hub.endpoint}/{name}", "name": name, "id": "0"}
+        return answer
 
     def _branch(self, name: str, branch: str) -> Any:
         repo, commit = self._found(name)

@@ -43,7 +43,7 @@ OURS = {
     "peftstate": "with peftstate's classes in place of PEFT's",
     "installed": "with PEFT's classes after peftstate.install()",
 }
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, width=120)
 
 
 @attrs.frozen

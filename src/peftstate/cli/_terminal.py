@@ -19,6 +19,7 @@ from peftstate.errors import (
     ManifestNotFoundError,
     PeftStateError,
     SchemaVersionError,
+    ServerError,
 )
 
 out = Console(highlight=False, soft_wrap=True)
@@ -56,7 +57,7 @@ def print_json(value: Json) -> None:
 def exit_code(error: PeftStateError | OSError) -> Exit:
     """The exit code that stands for an error: one of ours, of the Hub, or of the system."""
     compared = isinstance(error, PeftStateError) and not isinstance(
-        error, (AdapterNotFoundError, ManifestNotFoundError, SchemaVersionError)
+        error, (AdapterNotFoundError, ManifestNotFoundError, SchemaVersionError, ServerError)
     )
     return Exit.DIFFERS if compared else Exit.UNVERIFIABLE
 

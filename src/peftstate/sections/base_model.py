@@ -25,6 +25,7 @@ from peftstate.sections._base_tensors import (
     embedding_weight,
     records,
 )
+from peftstate.sections._hub_cache import cached_checkpoint
 from peftstate.sections._model_config import RESTORED_CONFIG, config_fields, restore_config
 from peftstate.sections._peft_layers import replicated_layers
 from peftstate.sections._remote_code import remote_code
@@ -46,6 +47,9 @@ class BaseModelRecord:
         name: The repo id it was loaded from; of a local path the last component only.
         revision: The revision that was asked for, if any.
         commit: The commit of the Hub's repository, where the Hub cache tells.
+        files: The files with the weights that the Hub's cache has of that commit: name → SHA-256 as
+            the cache states it, or `None` where it does not. No byte of them is read: the digests
+            of the tensors decide what the model is.
         config: The fields of its config that say what it computes.
         load_dtype: Name of the dtype that it was asked to be loaded in, or `None`.
         tied_embeddings: Whether input and output embeddings are one tensor.
@@ -64,6 +68,7 @@ class BaseModelRecord:
     name: str | None
     revision: str | None
     commit: str | None
+    files: Mapping[str, str | None]
     config: Mapping[str, Json]
     load_dtype: str | None
     tied_embeddings: bool
@@ -141,7 +146,8 @@ def _capture_again(
     """Capture in the way another record was captured.
 
     What says where the model came from is no evidence of what it is, so it is taken over from the
-    record. So are fields of the config that only one of two transformers versions knows.
+    record; but where tensors differ, another commit tells why. Fields of the config that only one
+    of two transformers versions knows are taken over, too.
 
     Args:
         view: The model.
@@ -175,11 +181,14 @@ def _capture_again(
         changed=record.changed,
         shadowed=record.shadowed,
     )
+    differs = dict(found.tensors) != dict(record.tensors)
+    source = found if differs and found.commit and record.commit else record
     return attrs.evolve(
         found,
         name=record.name,
         revision=record.revision,
-        commit=record.commit,
+        commit=source.commit,
+        files=source.files,
         load_dtype=record.load_dtype,
         remote_code=None if record.remote_code is None else found.remote_code,
         config={key: found.config.get(key, value) for key, value in record.config.items()},
@@ -226,11 +235,13 @@ def _describe(
     config = getattr(base, "config", None)
     name = getattr(config, "_name_or_path", None) or None
     revision = _revision(view)
+    checkpoint = cached_checkpoint(config, revision)
     return BaseModelRecord(
         model_class=type(base).__name__,
         name=_portable(name),
         revision=revision,
-        commit=_commit(name, revision),
+        commit=checkpoint.commit,
+        files=checkpoint.files,
         config=_fields_of_bare(view, config),
         load_dtype=_load_dtype(config),
         tied_embeddings=_tied(base),
@@ -274,20 +285,6 @@ def _revision(view: ModelView) -> str | None:
     configs = getattr(view.model, "peft_config", {})
     revisions = (getattr(config, "revision", None) for config in configs.values())
     return next((revision for revision in revisions if revision), None)
-
-
-def _commit(name: str | None, revision: str | None) -> str | None:
-    """The commit of a model of the Hub, read off the cache's folder names."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    if not name or Path(name).exists():
-        return None
-    try:
-        path = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError:
-        return None
-    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def prepare(record: BaseModelRecord, view: ModelView) -> None:

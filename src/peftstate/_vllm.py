@@ -1,0 +1,275 @@
+"""What vLLM must be told so that it serves an adapter as it was trained, and what it cannot serve.
+
+vLLM takes an adapter's base model, dtype, quantization and tokenizer from its own command line. What
+it lacks it refuses in part, and in part passes over: fields of a PEFT config that it does not know,
+and embeddings that were saved with the adapter. The tables here are of vLLM 0.32; the paths in the
+comments are those of its source.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import attrs
+
+from peftstate._diff import Json
+from peftstate._files import consistently, manifest_of
+from peftstate._signature import open_for_load
+from peftstate.errors import NotServableError
+
+if TYPE_CHECKING:
+    from peftstate._keys import TrustedKeys
+    from peftstate.manifest import Manifest
+    from peftstate.sections.adapters import AdapterRecord
+    from peftstate.sections.quantization import QuantizationRecord
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values of ``--max-lora-rank`` (`vllm/config/lora.py::MaxLoRARanks`)."""
+DTYPES = ("bfloat16", "float16", "float32")
+"""Those of ``--dtype`` (`vllm/config/model.py::ModelDType`)."""
+LORA_DTYPES = ("bfloat16", "float16")
+"""Those of ``--lora-dtype`` but "auto", the base model's (`vllm/config/lora.py::LoRADType`)."""
+PLAIN_INITS = ("eva", "gaussian", "lora_ga", "mica", "orthogonal")
+"""Initialisations that leave the base model's weights as they are
+(`vllm/lora/peft_helper.py::PEFTHelper._init_is_supported`)."""
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "auto-round": ("inc",),
+    "awq": ("awq", "awq_marlin", "auto_awq"),
+    "bitsandbytes": ("bitsandbytes",),
+    "compressed-tensors": ("compressed-tensors",),
+    "fbgemm_fp8": ("fbgemm_fp8",),
+    "fp8": ("fp8",),
+    "fp_quant": ("fp_quant",),
+    "gptq": ("gptq", "gptq_marlin", "auto_gptq"),
+    "mxfp4": ("mxfp4", "gpt_oss_mxfp4"),
+    "quark": ("quark",),
+    "torchao": ("torchao",),
+}
+"""transformers' methods of quantization → what vLLM calls what it runs them with
+(`vllm/model_executor/layers/quantization/__init__.py::QUANTIZATION_METHODS`)."""
+BITSANDBYTES_PLUGIN = "vllm-bnb-plugin"
+"""The package that bitsandbytes moved to, out of vLLM."""
+
+_REFUSED: Mapping[str, str] = {
+    # vllm/lora/peft_helper.py::PEFTHelper._validate_features refuses these
+    "use_dora": "vLLM has no DoRA",
+    "lora_bias": "vLLM has no biases in LoRA",
+    "alora_invocation_tokens": "vLLM has no activated LoRA",
+    "layer_replication": "vLLM cannot replicate layers",
+    "use_bdlora": "vLLM has no block-diagonal LoRA",
+    "use_qalora": "vLLM has no QALoRA",
+    "modules_to_save": "vLLM takes no whole layers from an adapter of a language model",
+    # and does not know these (PEFTHelper.from_dict drops them)
+    "arrow_config": "vLLM has no Arrow",
+    "kasa_config": "vLLM has no KaSA",
+    "trainable_token_indices": "vLLM passes over trained tokens",
+}
+"""Fields of a LoRA config that must be empty, and why."""
+_MERGE = "merge the adapter into the base model and serve that, or serve it with transformers"
+
+
+@attrs.frozen(kw_only=True)
+class Engine:
+    """What an engine must be so that it computes what the manifest says.
+
+    Attributes:
+        rank: The highest rank of the adapter.
+        dtype: Name of the dtype that the base model computes in.
+        lora_dtype: Name of the adapter's dtype; `None` if vLLM cannot keep it, and takes the base
+            model's.
+        quantization: transformers' name of the method that the base model is quantized by.
+        notes: What is not quite as recorded, in sentences.
+    """
+
+    rank: int
+    dtype: str
+    lora_dtype: str | None
+    quantization: str | None
+    notes: tuple[str, ...]
+
+
+@attrs.frozen(kw_only=True)
+class EngineArguments:
+    """The command line of an engine that serves an adapter.
+
+    Attributes:
+        model: The base model.
+        options: The options by their names, those without a value with ``""``.
+        notes: What is to be known beside them, in sentences.
+    """
+
+    model: str
+    options: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def arguments(self) -> list[str]:
+        """What follows ``vllm serve``."""
+        pairs = (pair for option in self.options.items() for pair in option)
+        return [self.model, *filter(None, pairs)]
+
+    @property
+    def command(self) -> str:
+        """The command for a shell."""
+        return shlex.join(["vllm", "serve", *self.arguments])
+
+
+def engine_arguments(
+    source: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    name: str | None = None,
+    has_bitsandbytes: bool = False,
+    trusted_keys: TrustedKeys | None = None,
+) -> EngineArguments:
+    """Turn the manifest of an adapter into the arguments of vLLM.
+
+    Args:
+        source: The adapter's folder, or the id of a repo on the Hub.
+        base: The base model, where it is not to be had by the recorded name.
+        name: What requests will call the adapter; by default the last part of `source`.
+        has_bitsandbytes: Whether `BITSANDBYTES_PLUGIN` is installed where vLLM runs.
+        trusted_keys: As in `PeftModel.from_pretrained`: a key of these must have signed it.
+
+    Raises:
+        NotServableError: vLLM cannot serve it.
+        ManifestError: There is no manifest, or it cannot be used.
+        IntegrityError: The manifest was changed after it was written.
+        SignatureError: It was not signed with a key that is trusted.
+    """
+    folder = open_for_load(source, trusted_keys=trusted_keys)
+    manifest = consistently(folder, manifest_of)
+    engine = needed(manifest, str(source), has_bitsandbytes=has_bitsandbytes)
+    path = str(source) if folder.repo is not None else str(folder.path)
+    name = name or Path(path).name
+    options = {
+        "--dtype": engine.dtype,
+        "--enable-lora": "",
+        "--max-lora-rank": str(next(rank for rank in RANKS if rank >= engine.rank)),
+        "--lora-dtype": engine.lora_dtype or "auto",
+        "--lora-modules": _lora_module(name, path),
+    }
+    record = manifest.sections["base_model"]
+    notes = list(engine.notes)
+    revision = record.commit or record.revision
+    if base is None and revision:
+        options["--revision"] = revision
+    if base is None and (record.name is None or "/" not in record.name):
+        notes.append(
+            "the manifest has no more than the base model's name; say with --base where it is"
+        )
+    if engine.quantization == "bitsandbytes" and not manifest.sections["quantization"].pre_quantized:
+        options["--quantization"] = "bitsandbytes"
+    if folder.exists("tokenizer_config.json"):
+        options["--tokenizer"] = path
+    elif "tokenizer" in manifest.sections:
+        notes.append("the tokenizer is not beside the adapter; vLLM takes the base model's")
+    return EngineArguments(
+        model=base or record.name or "BASE_MODEL", options=options, notes=tuple(notes)
+    )
+
+
+def _lora_module(name: str, path: str) -> str:
+    """An adapter as ``--lora-modules`` takes it, in JSON where the short form is ambiguous."""
+    if "=" in name + path or name.startswith("{"):
+        return json.dumps({"name": name, "path": path})
+    return f"{name}={path}"
+
+
+def needed(manifest: Manifest, path: str, *, has_bitsandbytes: bool = False) -> Engine:
+    """What an engine must be to serve an adapter.
+
+    Args:
+        manifest: Its manifest.
+        path: Where it lies, for errors.
+        has_bitsandbytes: Whether vLLM has its plugin for bitsandbytes.
+
+    Raises:
+        NotServableError: vLLM cannot compute what the manifest says.
+    """
+
+    def refuse(field: str, reason: str) -> NoReturn:
+        raise NotServableError(path, field, f"{reason}. To use it, {_MERGE}.")
+
+    name, record = _own(manifest)
+    for field, reason in _obstacles(manifest, name, record):
+        refuse(field, reason)
+    method = manifest.sections["quantization"].method
+    if method == "bitsandbytes" and not has_bitsandbytes:
+        raise NotServableError(
+            path,
+            "quantization.method",
+            f"'bitsandbytes' is not part of vLLM since 0.32. Install {BITSANDBYTES_PLUGIN} where "
+            "vLLM runs, and say so with --bitsandbytes-plugin.",
+        )
+    dtype = _dtype(manifest)
+    if dtype not in DTYPES:
+        refuse("dtype.base.default", f"vLLM computes in {', '.join(DTYPES)}, not in {dtype}")
+    lora_dtype = manifest.sections["dtype"].adapters[name].default
+    return Engine(
+        rank=max([record.config["r"], *_pattern(record, "rank_pattern")]),
+        dtype=dtype,
+        lora_dtype=lora_dtype if lora_dtype in LORA_DTYPES else None,
+        quantization=method,
+        notes=tuple(_notes(manifest, name, dtype)),
+    )
+
+
+def _own(manifest: Manifest) -> tuple[str, AdapterRecord]:
+    """The adapter that is in the manifest's own folder, which is the one that vLLM loads."""
+    records: Mapping[str, AdapterRecord] = manifest.sections["adapters"].adapters
+    return next((name, record) for name, record in records.items() if record.folder == ".")
+
+
+def _obstacles(
+    manifest: Manifest, name: str, record: AdapterRecord
+) -> Iterator[tuple[str, str]]:
+    """The fields with values that vLLM cannot serve, and why."""
+    adapters, base = manifest.sections["adapters"], manifest.sections["base_model"]
+    where, config = f"adapters.adapters.{name}", record.config
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        yield f"{where}.config.peft_type", f"vLLM serves LoRA only, and this is {kind}"
+        return  # the other fields are LoRA's
+    if not adapters.enabled:
+        yield "adapters.enabled", "the adapter was saved switched off; vLLM applies it"
+    if len(adapters.active or ()) > 1:
+        yield "adapters.active", "vLLM applies one adapter to a request, and several were active"
+    for field, reason in _REFUSED.items():
+        if config.get(field):
+            yield f"{where}.config.{field}", reason
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in PLAIN_INITS:
+        yield f"{where}.config.init_lora_weights", f"{init!r} rewrites the base model's weights"
+    if config.get("bias", "none") != "none":
+        yield f"{where}.config.bias", "vLLM takes no biases from an adapter"
+    if record.embeddings_saved:
+        # vllm/lora/utils.py::is_base_embedding_weights: they are skipped without a word
+        yield f"{where}.embeddings_saved", "vLLM passes over embeddings saved with an adapter"
+    ranks = [config["r"], *_pattern(record, "rank_pattern")]
+    if max(ranks) > RANKS[-1]:
+        yield f"{where}.config.r", f"vLLM takes ranks up to {RANKS[-1]}, and this is {max(ranks)}"
+    if not _is_scaled_by_config(record):
+        yield f"{where}.scaling", "it was set by hand, and vLLM computes it from the config"
+    if changed := sorted({*base.changed, *base.shadowed} - {*_tied_only(manifest)}):
+        yield (
+            "base_model.changed",
+            f"{len(changed)} tensors of the base model are not as its checkpoint has them "
+            f"({changed[0]} first), and vLLM has the checkpoint's",
+        )
+    quantization: QuantizationRecord = manifest.sections["quantization"]
+    method = quantization.method
+    if method is not None and method not in FAMILIES:
+        yield "quantization.method", f"vLLM has no {method!r}"
+    elif method not in (None, "bitsandbytes") and not quantization.pre_quantized:
+        yield (
+            "quantization.pre_quantized",
+            f"the base model was quantized by {method!r} while it was loaded, and vLLM reads "
+            "checkpoints that are quantized",
+        )
