@@ -215,7 +215,8 @@ def saves(generations: Generations, library: Library, times: int, **options: boo
             shutil.rmtree(folder)
             library.save(generations.models[0], folder)
             _try(outcome, line, lines, save)
-            told, after = generations.told(library, folder), state_of(model)
+            after = state_of(model)
+            told = generations.told(library, folder)
             litter = [path.name for path in Path(name).iterdir() if path != folder]
             if told not in (0, 1) or after != before or litter:
                 changed = [key for key in before if after[key] != before[key]]

@@ -232,7 +232,7 @@ def saves(made: Workshop, times: int) -> Outcome:
 
 def measure(*, quick: bool = False) -> list[Outcome]:
     """Do all the work, or a part that takes seconds."""
-    models, many, some, lines = (12, 18, 4, 8) if quick else (40, 72, 24, 200)
+    models, many, some, lines = (12, 18, 4, 8) if quick else (40, 72, 24, 60)
     outcomes = []
     with silently(), workshop() as made:
         generations = Generations.of(range(2))

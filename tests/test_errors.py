@@ -63,6 +63,19 @@ CASES: list[tuple[errors.PeftStateError, str, dict[str, Any]]] = [
         {"file": "a/w.bin", "expected": "3 bytes", "actual": "4 bytes"},
     ),
     (
+        errors.NotCachedError("a/w.bin", "3 bytes", errors.NotCachedError.absent),
+        (
+            "a/w.bin: saved 3 bytes, found no file in the Hub's cache. "
+            "Load it once with the Hub in reach; if it is missing there, push it again."
+        ),
+        {"file": "a/w.bin", "expected": "3 bytes", "actual": "no file in the Hub's cache"},
+    ),
+    (
+        errors.AdapterNotFoundError("a/b", "the Hub's cache holds no repo of that name"),
+        "a/b: there is no such folder; the Hub's cache holds no repo of that name.",
+        {"name": "a/b", "reason": "the Hub's cache holds no repo of that name"},
+    ),
+    (
         errors.UnreadableFileError("a/w.bin", "Permission denied"),
         (
             "a/w.bin: saved a file, found one that cannot be read (Permission denied). "
@@ -78,6 +91,23 @@ CASES: list[tuple[errors.PeftStateError, str, dict[str, Any]]] = [
         errors.SignatureError("a/model.sig", "there is no signature."),
         "a/model.sig: there is no signature.",
         {"path": "a/model.sig", "reason": "there is no signature."},
+    ),
+    (
+        errors.NotServableError("a", "adapters.enabled", "it is off."),
+        "a: adapters.enabled: it is off.",
+        {"path": "a", "field": "adapters.enabled", "reason": "it is off."},
+    ),
+    (
+        errors.EngineMismatchError("a", REPORT),
+        "a: "
+        + DIFFERING
+        + "Start the engine as `peftstate vllm-args` says, or load an adapter that fits this one.",
+        {"path": "a", "report": REPORT, "mismatches": REPORT.mismatches},
+    ),
+    (
+        errors.ServerError("http://a/v1", "it cannot be reached."),
+        "http://a/v1: it cannot be reached.",
+        {"url": "http://a/v1", "reason": "it cannot be reached."},
     ),
     (
         errors.SaveError("The disk is full."),
@@ -173,8 +203,10 @@ WARNINGS = [
     errors.PeftStateWarning,
     errors.MissingManifestWarning,
     errors.StateMismatchWarning,
+    errors.MergedWeightsWarning,
     errors.TrainModeWarning,
     errors.UnfinishedSaveWarning,
+    errors.RankStateWarning,
 ]
 
 
@@ -259,6 +291,8 @@ def test_tree() -> None:
     assert issubclass(errors.ManifestNotFoundError, FileNotFoundError)
     assert issubclass(errors.ManifestDecodeError, ValueError)
     assert issubclass(errors.UnreadableFileError, errors.IntegrityError)
+    assert issubclass(errors.NotCachedError, errors.IntegrityError)
+    assert issubclass(errors.AdapterNotFoundError, (FileNotFoundError, ValueError))
     for other in (
         errors.IntegrityError,
         errors.SignatureError,

@@ -28,7 +28,7 @@ from peftstate._storage import (
     removal_mark,
     staged,
 )
-from peftstate.errors import IntegrityError, ManifestNotFoundError
+from peftstate.errors import AdapterNotFoundError, IntegrityError, ManifestNotFoundError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/adapter"
@@ -358,9 +358,10 @@ def test_the_caches_own_shared_blobs(tmp_path: Path) -> None:
 
 
 def test_open_repo_that_is_not_cached(tmp_path: Path) -> None:
-    """Without the Hub, an unknown repo is the Hub library's own error."""
-    with pytest.raises(LocalEntryNotFoundError):
+    """Without the Hub, an unknown repo is one error that chains the Hub library's own."""
+    with pytest.raises(AdapterNotFoundError) as caught:
         open_folder(REPO, cache_dir=tmp_path, local_files_only=True)
+    assert isinstance(caught.value.__cause__, LocalEntryNotFoundError)
 
 
 OPEN = """

@@ -14,11 +14,13 @@ import attrs
 import peft
 import pytest
 import torch
+import transformers
 from peft import LoraConfig
 
 import peftstate
 from peftstate import PeftModel, errors
 from peftstate._rank_files import rank_file_name, rank_of_name, read_rank_file
+from peftstate.integrations.trainer import _copy_state, save_ranks
 from peftstate.sections._process import ALONE, Process, this_process
 
 RANK_1 = "peftstate.rank-00001-of-00002.tensors"
@@ -370,6 +372,36 @@ def test_a_signature_covers_the_files_that_are_there(save, load, tmp_path):
         load(tmp_path, 1, 2, trusted_keys=trusted)
     peftstate.sign(tmp_path, key)
     assert load(tmp_path, 1, 2, trusted_keys=trusted)[1] == []
+
+
+def test_pushes_carry_them(save, tmp_path):
+    """`Trainer` uploads a folder that it copies a checkpoint to; older rank files are removed."""
+    save(tmp_path / "output", (0, 1, 2), 3)
+    save(tmp_path / "checkpoint", (0, 1), 2, seed=5)
+    _copy_state(tmp_path / "checkpoint", tmp_path / "output")
+    assert notes(tmp_path / "output") == []
+    assert peftstate.verify_files(tmp_path / "output").ok
+    assert [path.name for path in (tmp_path / "output").glob("*rank*")] == [RANK_1]
+
+
+def test_a_trainers_save_is_wrapped_once(monkeypatch):
+    """`install` and the callback do not have a rank write twice, and `install` can be undone."""
+    monkeypatch.setattr(transformers.Trainer, "save_model", plain := _unwrapped())
+    with peftstate.installed():
+        wrapper = transformers.Trainer.save_model
+        save_ranks()
+        assert transformers.Trainer.save_model is wrapper is not plain
+    assert transformers.Trainer.save_model is plain
+    save_ranks()
+    wrapper = transformers.Trainer.save_model
+    with peftstate.installed():
+        assert transformers.Trainer.save_model is wrapper
+
+
+def _unwrapped():
+    """`Trainer.save_model` as transformers has it."""
+    method = transformers.Trainer.save_model
+    return getattr(method, "__wrapped__", method)
 
 
 def test_a_plain_peft_model_is_loaded_as_ever(as_rank, load_base, tmp_path):

@@ -133,7 +133,6 @@ ADDED = [
     "chat_template.json",
     "config.json",
     "modeling_evil.py",
-    "peftstate.rank-00001-of-00002.tensors",
     "additional_chat_templates/tool_use.jinja",
     ".hidden",
 ]

@@ -39,6 +39,7 @@ _HOMES = {
     "get_peft_model": "_models",
     "install": "_install",
     "installed": "_install",
+    "probe": "_served",
     "read_manifest": "_files",
     "reproducible": "_reproducible",
     "request_rng": "_request_rng",
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from peftstate._report import Report as Report
     from peftstate._reproducible import reproducible as reproducible
     from peftstate._request_rng import request_rng as request_rng
+    from peftstate._served import probe as probe
     from peftstate._signing import sign as sign
     from peftstate._signing import verify_signature as verify_signature
     from peftstate._verifying import verify_files as verify_files

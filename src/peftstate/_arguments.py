@@ -74,9 +74,12 @@ def folder_with_manifest(
     path = str(folder.path / MANIFEST_NAME)
     if require_manifest:
         raise ManifestNotFoundError(path)
+    if folder.repo is not None:  # offline, the repo may have what the cache lacks
+        path = f"{folder.repo.name} at commit {folder.commit}"
+    where = "" if folder.repo is None else " in the Hub's cache"
     warn(
-        f"{path}: there is no peftstate manifest. The adapter is loaded as PEFT loads it; nothing "
-        "of its state is verified or restored. Save it with peftstate to change that.",
+        f"{path}: there is no peftstate manifest{where}. The adapter is loaded as PEFT loads it; "
+        "nothing of its state is verified or restored. Save it with peftstate to change that.",
         MissingManifestWarning,
     )
     return None

@@ -135,28 +135,14 @@ class _Recorded:
     """What a folder with a manifest says of its base model.
 
     Attributes:
-        config: The bytes of the adapter's PEFT config.
+        config: The bytes of the adapter's PEFT config, with the revision of the base model to load.
         commit: The commit that they are of, if they come from the Hub.
         kwargs: What to hand to the base model's `from_pretrained`.
-        revision: The revision to ask for, if PEFT's config does not say.
     """
 
     config: bytes
     commit: str | None
     kwargs: dict[str, Any]
-    revision: str | None
-
-
-@attrs.frozen
-class _BaseLoader:
-    """Stands where PEFT expects the class of the base model, and adds what was recorded."""
-
-    target: Any
-    revision: str | None
-
-    def from_pretrained(self, name: str, *, revision: str | None = None, **kwargs: Any) -> Any:
-        """Load the base model, at the recorded revision if PEFT knows of none."""
-        return self.target.from_pretrained(name, revision=revision or self.revision, **kwargs)
 
 
 class _PeftLoader:
@@ -255,7 +241,7 @@ class _Auto:
                 own["revision"] = recorded.commit or revision  # a branch may move meanwhile
                 seen = str(stack.enter_context(_with_config_only(recorded.config)))
                 kwargs = {**recorded.kwargs, **kwargs}
-            loader = _loader(cls, path, own, None if recorded is None else recorded.revision)
+            loader = _loader(cls, path, own)
             stack.enter_context(calling_peft())
             return loader.from_pretrained(
                 seen,
@@ -267,14 +253,13 @@ class _Auto:
             )
 
 
-def _loader(cls: type[_Auto], path: str, own: dict[str, Any], revision: str | None) -> Any:
+def _loader(cls: type[_Auto], path: str, own: dict[str, Any]) -> Any:
     """PEFT's auto class, which loads with ours."""
-    target = cls._target_class
     return type(
         cls.__name__,
         (peft.auto._BaseAutoPeftModel,),
         {
-            "_target_class": target and _BaseLoader(target, revision),
+            "_target_class": cls._target_class,
             "_target_peft_class": _PeftLoader(cls._target_peft_class, path, own),
         },
     )
@@ -309,9 +294,9 @@ def _recorded(
     if "torch_dtype" in kwargs:  # the old name of the same argument
         found.pop("dtype", None)
     found |= _edits(manifest, config, base_revision, kwargs)
-    return _Recorded(
-        config=dumps(config), commit=folder.commit, kwargs=found, revision=base_revision
-    )
+    if base_revision is not None:
+        config = {**config, "revision": base_revision}
+    return _Recorded(config=dumps(config), commit=folder.commit, kwargs=found)
 
 
 def _read_config(folder: AdapterFolder) -> tuple[Manifest, dict[str, Json]]:
@@ -338,7 +323,7 @@ def _edits(
 
     hub = {name: kwargs[name] for name in _OF_THE_CONFIG if name in kwargs}
     name: Any = adapter.get("base_model_name_or_path")
-    asked = adapter.get("revision") or revision
+    asked = revision or adapter.get("revision")
     try:
         found = AutoConfig.from_pretrained(name, revision=asked, **hub)
     except (OSError, ValueError, TypeError):  # the load itself says more, or needs no such config

@@ -15,7 +15,12 @@ from peftstate._names import in_folder, safe_name
 from peftstate._report import Report
 from peftstate._signature import open_for_load, under_signature
 from peftstate._storage import ADAPTER_CONFIG_NAME, MANIFEST_NAME
-from peftstate.errors import IntegrityError, ManifestDecodeError, PeftStateError
+from peftstate.errors import (
+    IntegrityError,
+    ManifestDecodeError,
+    NotCachedError,
+    PeftStateError,
+)
 from peftstate.manifest import MAX_BYTES, FileRecord, Manifest, encode_sections
 from peftstate.sections import SECTIONS, adapters
 
@@ -112,7 +117,8 @@ def read_recorded(folder: AdapterFolder, name: str, record: FileRecord | None) -
         return folder.read_bytes(name, size=record.size if record else None)
     except FileNotFoundError:
         saved = f"{record.size} bytes" if record else "a file"
-        raise IntegrityError(str(folder.path / name), saved, "no file") from None
+        error = IntegrityError if folder.commit is None else NotCachedError
+        raise error(str(folder.path / name), saved, error.absent) from None
 
 
 def read_config(folder: AdapterFolder, record: adapters.AdapterRecord) -> dict[str, Json]:

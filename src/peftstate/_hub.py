@@ -1,12 +1,10 @@
-"""Asking the Hub, or its cache, for the files of a repo, and saying what is wrong if they are not
-to be had."""
+"""Asking the Hub, or its cache, for the files of a repo, and saying why they are not to be had."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import attrs
 
@@ -83,26 +81,42 @@ class HubRepo:
         return f"{kept}, and the Hub cannot be reached ({type(cause).__name__}: {reason})"
 
 
-def may_have(name: str, file: str, **hub: Any) -> bool:
-    """Whether a repo may have a file: only if the Hub denies it is that certain not to be.
+def may_have(
+    name: str,
+    file: str,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> bool:
+    """Whether a repo may have a file: it is certain not to only if the Hub says so, soon.
 
     Args:
         name: The repo's id.
-        file: The file.
-        **hub: The arguments of `huggingface_hub.hf_hub_download`.
+        file: The file's name.
+        subfolder: The folder that it is in.
+        revision: Branch, tag or commit.
+        token: Access token for the Hub.
+        local_files_only: Whether the Hub is not to be asked.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
-    try:
-        hf_hub_download(name, file, **hub)
-    except LocalEntryNotFoundError:
+    if local_files_only:
         return True
+    try:
+        url = hf_hub_url(name, file, subfolder=subfolder, revision=revision)
+        get_hf_file_metadata(url, token=token, timeout=_PATIENCE)
     except EntryNotFoundError:
         return False
     except (HTTPError, OSError, ValueError):
         return True
     return True
+
+
+_PATIENCE = 3.0
+"""Seconds to wait for the Hub's word on a file that no load depends on."""
 
 
 def _is_of_the_network(error: BaseException) -> bool:

@@ -29,7 +29,13 @@ from peftstate._policy import OnMismatch, Policy
 from peftstate._storage import MANIFEST_NAME
 from peftstate._warn import warn
 from peftstate.errors import UnverifiedWarning
-from peftstate.integrations.trainer import with_rank, with_state, with_tokenizer
+from peftstate.integrations.trainer import (
+    with_best_model,
+    with_rank,
+    with_resume,
+    with_state,
+    with_tokenizer,
+)
 from peftstate.sections import _origin
 from peftstate.sections._view import ModelView
 
@@ -234,17 +240,20 @@ def _load_into_transformers(original: Method) -> Method:
 def _hub_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """How transformers was told to find an adapter on the Hub."""
     adapter_kwargs = given.get("adapter_kwargs") or {}
-    return hub_arguments({**given, **given.get("kwargs", {}), **adapter_kwargs})
+    found = hub_arguments({**given, **given.get("kwargs", {}), **adapter_kwargs})
+    return {name: found[name] for name in _OF_A_FILE if name in found}
+
+
+_OF_A_FILE = ("subfolder", "revision", "token", "local_files_only")
 
 
 def _may_have_manifest(
     path: str | os.PathLike[str], *, subfolder: str | None = None, **hub: Any
 ) -> bool:
     """Whether there is a manifest, or none can be seen: the load itself must not fail for this."""
-    local = AdapterFolder.at(Path(path, subfolder or ""))
-    if Path(path).is_dir():
-        return local.exists(MANIFEST_NAME)
-    return may_have(os.fspath(path), MANIFEST_NAME, subfolder=subfolder, etag_timeout=3, **hub)
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises where it may not look
+        return AdapterFolder.at(Path(path, subfolder or "")).exists(MANIFEST_NAME)
+    return may_have(os.fspath(path), MANIFEST_NAME, subfolder=subfolder, **hub)
 
 
 def _passes_on() -> bool:
@@ -302,5 +311,7 @@ _PATCHES = (
     _Patch(Trainer, "__init__", with_tokenizer),
     _Patch(Trainer, "_push_from_checkpoint", with_state),
     _Patch(Trainer, "save_model", with_rank),
+    _Patch(Trainer, "_load_from_checkpoint", with_resume),
+    _Patch(Trainer, "_load_best_model", with_best_model),
 )
 """All that `install` wraps."""

@@ -127,9 +127,7 @@ def _read(folder: AdapterFolder, names: Collection[str] | None) -> Source:
         if names is None or name in names or record.folder == "."
     }
     folder.fetch(subfolders={record.folder for record in wanted.values()} - {"."})
-    found = {
-        name: _read_adapter(folder, name, record, manifest) for name, record in wanted.items()
-    }
+    found = {name: _read_adapter(folder, name, record, manifest) for name, record in wanted.items()}
     sections = with_own_states(folder, _with_sidecar(folder, manifest))
     check_all(folder, {records[name].folder for name in found} - {"."})
     return Source(folder=folder, manifest=attrs.evolve(manifest, sections=sections), adapters=found)

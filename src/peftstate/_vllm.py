@@ -1,9 +1,9 @@
 """What vLLM must be told so that it serves an adapter as it was trained, and what it cannot serve.
 
-vLLM takes an adapter's base model, dtype, quantization and tokenizer from its own command line. What
-it lacks it refuses in part, and in part passes over: fields of a PEFT config that it does not know,
-and embeddings that were saved with the adapter. The tables here are of vLLM 0.32; the paths in the
-comments are those of its source.
+vLLM takes an adapter's base model, dtype, quantization and tokenizer from its own command line.
+What it lacks it refuses in part, and in part passes over: fields of a PEFT config that it does not
+know, and embeddings that were saved with the adapter. The tables here are of vLLM 0.32; the paths
+in the comments are those of its source.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import attrs
 
-from peftstate._diff import Json
 from peftstate._files import consistently, manifest_of
 from peftstate._signature import open_for_load
 from peftstate.errors import NotServableError
@@ -164,7 +163,10 @@ def engine_arguments(
         notes.append(
             "the manifest has no more than the base model's name; say with --base where it is"
         )
-    if engine.quantization == "bitsandbytes" and not manifest.sections["quantization"].pre_quantized:
+    if (
+        engine.quantization == "bitsandbytes"
+        and not manifest.sections["quantization"].pre_quantized
+    ):
         options["--quantization"] = "bitsandbytes"
     if folder.exists("tokenizer_config.json"):
         options["--tokenizer"] = path
@@ -176,8 +178,11 @@ def engine_arguments(
 
 
 def _lora_module(name: str, path: str) -> str:
-    """An adapter as ``--lora-modules`` takes it, in JSON where the short form is ambiguous."""
-    if "=" in name + path or name.startswith("{"):
+    """An adapter as ``--lora-modules`` takes it, in JSON where the short form is ambiguous.
+
+    See `vllm/entrypoints/launchers/cli_args.py::LoRAParserAction`.
+    """
+    if "=" in name or "," in name + path:
         return json.dumps({"name": name, "path": path})
     return f"{name}={path}"
 
@@ -213,7 +218,7 @@ def needed(manifest: Manifest, path: str, *, has_bitsandbytes: bool = False) -> 
         refuse("dtype.base.default", f"vLLM computes in {', '.join(DTYPES)}, not in {dtype}")
     lora_dtype = manifest.sections["dtype"].adapters[name].default
     return Engine(
-        rank=max([record.config["r"], *_pattern(record, "rank_pattern")]),
+        rank=_highest_rank(record),
         dtype=dtype,
         lora_dtype=lora_dtype if lora_dtype in LORA_DTYPES else None,
         quantization=method,
@@ -227,49 +232,119 @@ def _own(manifest: Manifest) -> tuple[str, AdapterRecord]:
     return next((name, record) for name, record in records.items() if record.folder == ".")
 
 
-def _obstacles(
-    manifest: Manifest, name: str, record: AdapterRecord
-) -> Iterator[tuple[str, str]]:
+def _obstacles(manifest: Manifest, name: str, record: AdapterRecord) -> Iterator[tuple[str, str]]:
     """The fields with values that vLLM cannot serve, and why."""
     adapters, base = manifest.sections["adapters"], manifest.sections["base_model"]
-    where, config = f"adapters.adapters.{name}", record.config
-    kind = config.get("peft_type")
+    where, kind = f"adapters.adapters.{name}", record.config.get("peft_type")
     if kind != "LORA":
         yield f"{where}.config.peft_type", f"vLLM serves LoRA only, and this is {kind}"
         return  # the other fields are LoRA's
+    yield from ((f"{where}.{field}", reason) for field, reason in _of_adapter(record))
     if not adapters.enabled:
         yield "adapters.enabled", "the adapter was saved switched off; vLLM applies it"
     if len(adapters.active or ()) > 1:
         yield "adapters.active", "vLLM applies one adapter to a request, and several were active"
+    if base.changed:
+        reason = (
+            f"{base.changed[0]}, one of {len(base.changed)}, is not as the base model's checkpoint "
+            "has it, and vLLM loads the checkpoint"
+        )
+        yield "base_model.changed", reason
+    yield from _of_quantization(manifest.sections["quantization"])
+
+
+def _of_adapter(record: AdapterRecord) -> Iterator[tuple[str, str]]:
+    """What of a LoRA adapter vLLM cannot serve, and why."""
+    config = record.config
     for field, reason in _REFUSED.items():
         if config.get(field):
-            yield f"{where}.config.{field}", reason
+            yield f"config.{field}", reason
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in PLAIN_INITS:
-        yield f"{where}.config.init_lora_weights", f"{init!r} rewrites the base model's weights"
+        yield "config.init_lora_weights", f"{init!r} rewrites the base model's weights"
     if config.get("bias", "none") != "none":
-        yield f"{where}.config.bias", "vLLM takes no biases from an adapter"
+        yield "config.bias", "vLLM takes no biases from an adapter"
     if record.embeddings_saved:
         # vllm/lora/utils.py::is_base_embedding_weights: they are skipped without a word
-        yield f"{where}.embeddings_saved", "vLLM passes over embeddings saved with an adapter"
-    ranks = [config["r"], *_pattern(record, "rank_pattern")]
-    if max(ranks) > RANKS[-1]:
-        yield f"{where}.config.r", f"vLLM takes ranks up to {RANKS[-1]}, and this is {max(ranks)}"
+        yield "embeddings_saved", "vLLM passes over embeddings saved with an adapter"
+    highest = _highest_rank(record)
+    if highest > RANKS[-1]:
+        yield "config.r", f"vLLM takes ranks up to {RANKS[-1]}, and this is {highest}"
     if not _is_scaled_by_config(record):
-        yield f"{where}.scaling", "it was set by hand, and vLLM computes it from the config"
-    if changed := sorted({*base.changed, *base.shadowed} - {*_tied_only(manifest)}):
-        yield (
-            "base_model.changed",
-            f"{len(changed)} tensors of the base model are not as its checkpoint has them "
-            f"({changed[0]} first), and vLLM has the checkpoint's",
-        )
-    quantization: QuantizationRecord = manifest.sections["quantization"]
+        yield "scaling", "it was set by hand, and vLLM computes it from the config"
+
+
+def _of_quantization(quantization: QuantizationRecord) -> Iterator[tuple[str, str]]:
+    """What of the base model's quantization vLLM cannot serve, and why."""
     method = quantization.method
     if method is not None and method not in FAMILIES:
         yield "quantization.method", f"vLLM has no {method!r}"
     elif method not in (None, "bitsandbytes") and not quantization.pre_quantized:
-        yield (
-            "quantization.pre_quantized",
-            f"the base model was quantized by {method!r} while it was loaded, and vLLM reads "
-            "checkpoints that are quantized",
+        reason = (
+            f"the base model was quantized by {method!r} while it was loaded, and vLLM takes "
+            "checkpoints that are quantized already"
         )
+        yield "quantization.pre_quantized", reason
+
+
+def _highest_rank(record: AdapterRecord) -> int:
+    """The highest rank of the layers of a LoRA adapter."""
+    return int(max([record.config["r"], *_pattern(record, "rank_pattern")]))
+
+
+def _pattern(record: AdapterRecord, field: str) -> list[float]:
+    """The values of a config's field that are for some layers only."""
+    return list((record.config.get(field) or {}).values())
+
+
+def _is_scaled_by_config(record: AdapterRecord) -> bool:
+    """Whether each layer applies a factor that follows from the config.
+
+    vLLM finds out which layer has which as PEFT does
+    (`vllm/lora/peft_helper.py::PEFTHelper.get_rank_and_scaling`).
+    """
+    config, table = record.config, record.scaling
+    power = 0.5 if config.get("use_rslora") else 1.0
+    possible = [
+        alpha / rank**power
+        for alpha in (config["lora_alpha"], *_pattern(record, "alpha_pattern"))
+        for rank in (config["r"], *_pattern(record, "rank_pattern"))
+    ]
+    found = {*table.exceptions.values(), *([] if table.default is None else [table.default])}
+    return all(any(math.isclose(value, other) for other in possible) for value in found)
+
+
+def _dtype(manifest: Manifest) -> str | None:
+    """The dtype that the base model computes in; vLLM has one for all of it."""
+    quantization: QuantizationRecord = manifest.sections["quantization"]
+    usual: str | None = manifest.sections["dtype"].base.default
+    if quantization.method != "bitsandbytes":
+        return usual
+    state, loaded = quantization.state.default, manifest.sections["base_model"].load_dtype
+    return (state and state.compute_dtype) or loaded or usual
+
+
+def _notes(manifest: Manifest, name: str, dtype: str) -> Iterator[str]:
+    """What vLLM computes a little otherwise than the manifest says."""
+    dtypes, adapters = manifest.sections["dtype"], manifest.sections["adapters"]
+    held = manifest.sections["base_model"].tensors  # not what a config gives, such as frequencies
+    exceptions = {value for key, value in dtypes.base.exceptions.items() if key in held}
+    others = {dtypes.base.default, *exceptions} - {None, dtype}
+    if others:
+        yield (
+            f"tensors of the base model were in {', '.join(sorted(others))}, too; "
+            f"vLLM has all in {dtype}"
+        )
+    found = dtypes.adapters[name].default
+    if found not in (None, dtype, *LORA_DTYPES):
+        yield f"the adapter was in {found}; vLLM rounds it to {dtype}"
+    if manifest.sections["quantization"].method == "bitsandbytes":
+        yield "vLLM's plugin quantizes by its own settings; compare with `peftstate probe`"
+    if adapters.merged:
+        yield "the adapter was merged when it was saved; vLLM applies it unmerged"
+    if manifest.sections["base_model"].remote_code:
+        yield "the base model brings code of its own; vLLM runs it only with --trust-remote-code"
+    beside = sorted(record.folder for record in adapters.adapters.values())
+    if beside != ["."]:
+        folders = ", ".join(folder for folder in beside if folder != ".")
+        yield f"further adapters are in {folders}; vLLM loads each from its own folder"

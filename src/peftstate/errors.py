@@ -7,6 +7,7 @@ PeftStateError
 │  ├─ ManifestDecodeError           also ValueError; .field
 │  └─ SchemaVersionError            .found .supported
 ├─ IntegrityError                   .file .expected .actual
+│  ├─ NotCachedError
 │  └─ UnreadableFileError
 ├─ SignatureError                   .path .reason
 ├─ NotServableError                 .path .field .reason
@@ -146,6 +147,7 @@ class IntegrityError(PeftStateError):
         actual: What is there.
     """
 
+    absent: ClassVar[str] = "no file"
     remedy: ClassVar[str] = (
         "The file changed after it was saved: restore it from a copy, or save again."
     )
@@ -169,6 +171,13 @@ class SignatureError(PeftStateError):
         super().__init__(f"{printable(path)}: {reason}")
         self.path = path
         self.reason = reason
+
+
+class NotCachedError(IntegrityError):
+    """The Hub's cache has an adapter's manifest but not all files that the manifest describes."""
+
+    absent = "no file in the Hub's cache"
+    remedy = "Load it once with the Hub in reach; if it is missing there, push it again."
 
 
 class UnreadableFileError(IntegrityError):

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import huggingface_hub
 import pytest
 import transformers.utils.hub
-from huggingface_hub import constants, hf_api
+from huggingface_hub import constants, file_download, hf_api
+from huggingface_hub.utils import _http
+from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
 from tests.hub.stub import Hub, serving
 
-_FORGET_CLIENT: Callable[[], None] = getattr(
-    huggingface_hub.utils, "reset_sessions", None
-) or huggingface_hub.utils._http.close_session  # type: ignore[attr-defined]
+_FORGET_CLIENT: Callable[[], None] = getattr(_http, "reset_sessions", None) or _http.close_session
 """The Hub library keeps its HTTP client, which may be one that refuses to go online."""
 
 
@@ -36,6 +35,8 @@ class Client:
         url = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         for name, value in (("ENDPOINT", endpoint), ("HUGGINGFACE_CO_URL_TEMPLATE", url)):
             self._monkeypatch.setattr(constants, name, value)
+            if hasattr(file_download, name):  # huggingface_hub 0
+                self._monkeypatch.setattr(file_download, name, value)
         for api in _apis():
             self._monkeypatch.setattr(api, "endpoint", endpoint)
         self.go(online=True)
@@ -43,6 +44,7 @@ class Client:
     def go(self, *, online: bool) -> None:
         """Be online, or as with HF_HUB_OFFLINE set."""
         self._monkeypatch.setattr(constants, "HF_HUB_OFFLINE", not online)
+        self._monkeypatch.setenv("HF_HUB_OFFLINE", str(int(not online)))  # which PEFT looks at
         # transformers 4 reads the setting once.
         self._monkeypatch.setattr(transformers.utils.hub, "_is_offline_mode", not online, False)
         _FORGET_CLIENT()
@@ -73,12 +75,17 @@ def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    if hasattr(transformers.utils.hub, "TRANSFORMERS_CACHE"):  # of transformers 4
+        monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_tests")
     found = Client(tmp_path / "cache", monkeypatch)
     found.point_at(hub.endpoint)
+    disable_progress_bars()
     yield found
+    enable_progress_bars()
+    monkeypatch.undo()
     _FORGET_CLIENT()
 
 
@@ -86,8 +93,6 @@ def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How the cache holds files: as links to blobs, or as on Windows, where none can be made."""
     if request.param == "copies":
-        from huggingface_hub import file_download
-
         monkeypatch.setattr(file_download, "are_symlinks_supported", lambda *_, **__: False)
     layout: str = request.param
     return layout

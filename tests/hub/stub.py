@@ -34,7 +34,12 @@ def etag_of(name: str, data: bytes) -> str:
     """What the Hub calls the content of a file: the LFS oid, or the id of the git blob."""
     if is_in_lfs(name):
         return hashlib.sha256(data).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    return git_blob(data)
+
+
+def git_blob(data: bytes) -> str:
+    """The id of content in git."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 @attrs.define
@@ -54,7 +59,7 @@ class Repo:
     def commit(self, files: Files, branch: str = "main") -> str:
         """Make a commit of these files alone, and have a branch point at it."""
         number = len(self.commits) + 1
-        name = hashlib.sha1(f"{branch} {number}".encode()).hexdigest()
+        name = git_blob(f"{branch} {number}".encode())
         self.commits[name] = dict(files)
         self.branches[branch] = name
         return name
@@ -166,7 +171,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 raise _Refused(503)
             for pattern, answer in routes:
                 if match := re.fullmatch(pattern, path):
-                    self._send(answer(*(part and urllib.parse.unquote(part) for part in match.groups())))
+                    self._send(
+                        answer(*(part and urllib.parse.unquote(part) for part in match.groups()))
+                    )
                     return
             raise _Refused(404)
         except _Refused as refused:
@@ -222,7 +229,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         entries = []
         for file, data in repo.commits[commit].items():
             entry: dict[str, Any] = {"type": "file", "path": file, "size": len(data)}
-            entry["oid"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            entry["oid"] = git_blob(data)
             if is_in_lfs(file):
                 oid = etag_of(file, data)
                 entry["lfs"] = {"oid": oid, "size": len(data), "pointerSize": 130}
@@ -245,7 +252,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _create(self) -> Any:
         asked = json.loads(self.body)
-        name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+        name = (
+            f"{asked['organization']}/{asked['name']}"
+            if asked.get("organization")
+            else asked["name"]
+        )
         answer = {"url": f"{self.hub.endpoint}/{name}", "name": name, "id": "0"}
         if name in self.hub.repos:
             raise _Refused(409, answer=answer)

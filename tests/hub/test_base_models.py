@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def load(**options: Any) -> Any:
     """The base model as the cache has it."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        BASE, dtype=torch.bfloat16, **options
-    )
+    return transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16, **options)
 
 
 def adapted(base: Any, **options: Any) -> Any:
@@ -48,7 +46,7 @@ def adapted(base: Any, **options: Any) -> Any:
 
 
 @pytest.fixture
-def old(hub, client, causal_lm) -> str:
+def old(hub, client, causal_lm):
     """The commit of the base model on the Hub, which is in the cache."""
     commit = hub.repo(BASE, contents(causal_lm)).branches["main"]
     huggingface_hub.snapshot_download(BASE)
@@ -59,12 +57,12 @@ def old(hub, client, causal_lm) -> str:
 def move(hub, causal_lm, tmp_path):
     """Has somebody push other weights, which are then downloaded, too."""
 
-    def push() -> str:
+    def push():
         model = transformers.AutoModelForCausalLM.from_pretrained(causal_lm)
         with torch.no_grad():
             model.lm_head.weight.add_(1)
         model.bfloat16().save_pretrained(tmp_path / "new")
-        commit: str = hub.repo(BASE).commit(contents(tmp_path / "new"))
+        commit = hub.repo(BASE).commit(contents(tmp_path / "new"))
         huggingface_hub.snapshot_download(BASE)
         return commit
 
@@ -73,7 +71,7 @@ def move(hub, causal_lm, tmp_path):
 
 def checkpoint() -> Any:
     """What is said of the checkpoint of the base model."""
-    return cached_checkpoint(transformers.LlamaConfig(name_or_path=BASE), None)
+    return cached_checkpoint(types.SimpleNamespace(_name_or_path=BASE), None)
 
 
 def test_recorded(old, causal_lm, tmp_path, client):
@@ -116,11 +114,11 @@ def test_without_links(old, client):
 def test_files_that_count(old, client):
     """Of the kinds of weights in a snapshot only the one that transformers takes is recorded."""
     (snapshot,) = client.cache.glob("models--user--base/snapshots/*")
-    blob = os.readlink(snapshot / WEIGHTS)
+    blob = (snapshot / WEIGHTS).readlink()
     (snapshot / "pytorch_model.bin").symlink_to(blob)
     assert checkpoint().files.keys() == {WEIGHTS}
     (snapshot / WEIGHTS).unlink()
-    assert checkpoint().files == {"pytorch_model.bin": Path(blob).name}
+    assert checkpoint().files == {"pytorch_model.bin": blob.name}
     small = snapshot / "pytorch_model.bin"
     small.unlink()
     small.symlink_to(f"../../blobs/{'0' * 40}")  # kept in git, under a hash of another kind
@@ -168,13 +166,15 @@ def test_another_commit_of_the_same_weights(old, hub, load_base, tmp_path, clien
 
 
 def test_revision(old, move, hub, tmp_path, client):
-    """The revision that PEFT was told is the one whose commit is recorded."""
-    move()
+    """The commit of the revision that PEFT was told is recorded, and loaded when a tag moved."""
+    new = move()
     hub.repo(BASE).branches["v1"] = old
     huggingface_hub.snapshot_download(BASE, revision="v1")
     model = adapted(load(revision="v1"), revision="v1")
     model.save_pretrained(tmp_path / "saved")
     record = peftstate.read_manifest(tmp_path / "saved").sections["base_model"]
     assert (record.revision, record.commit) == ("v1", old)
+    hub.repo(BASE).branches["v1"] = new
+    huggingface_hub.snapshot_download(BASE, revision="v1")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(logits(loaded), logits(model))

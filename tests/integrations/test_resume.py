@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import warnings
 
 import datasets
@@ -18,7 +19,7 @@ import peftstate
 from peftstate import PeftStateCallback
 from tests.integrations.test_trainer import DATA
 
-IS_OLD_TRL = not hasattr(trl, "__version__") or trl.__version__.startswith("0.")
+IS_OLD_TRL = importlib.metadata.version("trl").startswith("0.")
 PAIRS = [
     {"prompt": text[:10], "chosen": text[10:20], "rejected": other[10:20]}
     for text, other in zip(SENTENCES, reversed(SENTENCES), strict=True)
@@ -74,6 +75,18 @@ def plain(checkpoint, folder, seed):
     )
 
 
+def norms(checkpoint, folder, seed):
+    """`Trainer` with norms of the base model trained too, which PEFT does not save."""
+    model = peft.get_peft_model(load(checkpoint), lora())
+    model.get_base_model().model.norm.weight.requires_grad_()
+    return transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(**fields(folder, seed)),
+        train_dataset=DATA,
+        callbacks=[PeftStateCallback()],
+    )
+
+
 def sft(checkpoint, folder, seed, *, quantized=False):
     """TRL's `SFTTrainer`, which wraps the model itself."""
     return trl.SFTTrainer(
@@ -108,7 +121,7 @@ def dpo(checkpoint, folder, seed):
     )
 
 
-@pytest.mark.parametrize("make", [plain, sft, qlora, dpo])
+@pytest.mark.parametrize("make", [plain, norms, sft, qlora, dpo])
 def test_resumed_training_is_the_uninterrupted_one(checkpoint, tmp_path, make):
     """Weights, state and random generators after four steps are the same bits either way."""
     whole = make(checkpoint, tmp_path / "whole", 1)
@@ -130,6 +143,10 @@ def test_resumed_training_is_the_uninterrupted_one(checkpoint, tmp_path, make):
             if name == "adapter_model.safetensors":
                 moves = any(not torch.equal(before[key], found[key]) for key in found)
                 assert moves == (folder == "")  # what is trained does, the reference does not
+    if make is norms:
+        weights = [run.model.get_base_model().model.norm.weight for run in (whole, resumed)]
+        assert torch.equal(*weights)
+        assert not torch.equal(weights[0], load(checkpoint).model.norm.weight)
     report = peftstate.diff(*map(peftstate.read_manifest, last))
     assert report.of("adapters", "base_model", "rng", "training", "extra_tensors").ok
     assert peftstate.verify_files(last[1]).ok

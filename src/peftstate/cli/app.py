@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from peftstate.cli import base_args, diff, run, schema, show, sign, verify
+from peftstate.cli import base_args, diff, probe, run, schema, show, sign, verify, vllm_args
 
 app = typer.Typer(
     name="peftstate",
@@ -19,6 +19,8 @@ app.command()(diff.diff)
 app.command(cls=run.RunCommand, options_metavar=run.USAGE)(run.run)
 app.command()(sign.sign)
 app.command()(base_args.base_args)
+app.command()(vllm_args.vllm_args)
+app.command()(probe.probe)
 app.command()(schema.schema)
 
 

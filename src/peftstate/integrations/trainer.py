@@ -12,12 +12,14 @@ from typing import Any
 import peft
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peftstate._api import restore
 from peftstate._files import read_manifest
 from peftstate._folder import AdapterFolder
 from peftstate._models import PeftModel, attach
 from peftstate._rank_files import rank_files, rank_of_name
 from peftstate._ranks import save_rank
 from peftstate._storage import ADAPTER_CONFIG_NAME, MANIFEST_NAME
+from peftstate.sections import SECTIONS
 from peftstate.sections._view import ModelView
 
 logger = logging.getLogger("peftstate")
@@ -28,8 +30,8 @@ class PeftStateCallback(TrainerCallback):
 
     Pass it to the trainer: ``SFTTrainer(…, callbacks=[PeftStateCallback()])``. It attaches to the
     model as soon as the trainer is built, which is after TRL has wrapped it and before anything
-    else does. For the pushes, and for the random generators of further ranks, it wraps methods of
-    `Trainer`.
+    else does. For the pushes, for the random generators of further ranks and for what a resumed
+    training has to get back it wraps methods of `Trainer`.
     """
 
     def on_init_end(
@@ -47,6 +49,7 @@ class PeftStateCallback(TrainerCallback):
             attach(model, tokenizer=processing_class)
             push_manifests()
             save_ranks()
+            restore_on_resume()
         else:
             logger.warning(
                 "PeftStateCallback: the model is a %s, not a PEFT model; "
@@ -101,6 +104,71 @@ def with_rank(original: Callable[..., None]) -> Callable[..., None]:
 
 
 _SAVES_RANK = "_peftstate_saves_rank"
+
+
+def restore_on_resume() -> None:
+    """Have every `Trainer` of this process get all trained tensors back from a checkpoint."""
+    for name, wrap in (
+        ("_load_from_checkpoint", with_resume),
+        ("_load_best_model", with_best_model),
+    ):
+        original = getattr(Trainer, name)
+        if not hasattr(original, _RESTORES):
+            setattr(Trainer, name, wrap(original))
+
+
+def with_resume(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap what `Trainer` loads to resume, so that it is all that was trained.
+
+    It loads adapters one by one, and knows nothing of tensors that PEFT does not save. Where there
+    are several, transformers 4.56 leaves out the one in the checkpoint's own folder.
+    """
+    if hasattr(original, _RESTORES):
+        return original
+
+    @functools.wraps(original)
+    def _load_from_checkpoint(
+        self: Trainer, resume_from_checkpoint: str, *args: Any, **kwargs: Any
+    ) -> None:
+        original(self, resume_from_checkpoint, *args, **kwargs)
+        _restore_trained(self, resume_from_checkpoint)
+
+    setattr(_load_from_checkpoint, _RESTORES, True)
+    return _load_from_checkpoint
+
+
+def with_best_model(original: Callable[..., None]) -> Callable[..., None]:
+    """The same for ``load_best_model_at_end``."""
+    if hasattr(original, _RESTORES):
+        return original
+
+    @functools.wraps(original)
+    def _load_best_model(self: Trainer) -> None:
+        original(self)
+        if self.state.best_model_checkpoint is not None:
+            _restore_trained(self, self.state.best_model_checkpoint)
+
+    setattr(_load_best_model, _RESTORES, True)
+    return _load_best_model
+
+
+_RESTORES = "_peftstate_restores"
+_TRAINED = frozenset({"adapters", "base_model", "dtype", "extra_tensors", "quantization"})
+"""The sections that a training changes, or depends on; the rest is as the script has set it up."""
+
+
+def _restore_trained(trainer: Trainer, checkpoint: str) -> None:
+    """Set what was trained as it is in a checkpoint, and verify it.
+
+    Raises:
+        StateMismatchError: The model is not the one that was trained.
+    """
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if not isinstance(trainer.model, PeftModel) or is_sharded:
+        return
+    if AdapterFolder.at(Path(checkpoint)).exists(MANIFEST_NAME):
+        untouched = {section.name for section in SECTIONS} - _TRAINED
+        restore(trainer.model, checkpoint, on_mismatch=dict.fromkeys(untouched, "ignore"))
 
 
 def with_state(original: Callable[..., None]) -> Callable[..., None]:
