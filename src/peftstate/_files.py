@@ -14,7 +14,7 @@ from peftstate._folder import AdapterFolder
 from peftstate._names import in_folder, safe_name
 from peftstate._report import Report
 from peftstate._signature import open_for_load, under_signature
-from peftstate._storage import ADAPTER_CONFIG_NAME, MANIFEST_NAME
+from peftstate._storage import ADAPTER_CONFIG_NAME, MANIFEST_NAME, SIGNATURE_NAME
 from peftstate.errors import (
     IntegrityError,
     ManifestDecodeError,
@@ -42,18 +42,22 @@ def read_manifest(
     """Read the manifest of an adapter.
 
     Args:
-        source: The adapter's folder, or the id of a repo on the Hub.
+        source: The adapter's folder, or the id of a repo on the Hub, of which no weights are
+            downloaded.
         trusted_keys: As in `PeftModel.from_pretrained`: a key of these must have signed it.
         **hub: ``subfolder``, ``revision``, ``cache_dir``, ``token`` and the like.
 
     Raises:
+        AdapterNotFoundError: There is no such folder, and the Hub is not to be reached.
         ManifestNotFoundError: There is none.
         ManifestDecodeError: It is not what the format allows.
         SchemaVersionError: It was written by a newer peftstate.
         IntegrityError: It was changed after it was written.
         SignatureError: It was not signed with a key that is trusted.
     """
-    return consistently(open_for_load(source, trusted_keys=trusted_keys, **hub), manifest_of)
+    small = (ADAPTER_CONFIG_NAME, MANIFEST_NAME, SIGNATURE_NAME)
+    folder = open_for_load(source, trusted_keys=trusted_keys, patterns=small, **hub)
+    return consistently(folder, manifest_of)
 
 
 def consistently(

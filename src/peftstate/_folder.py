@@ -111,9 +111,9 @@ class AdapterFolder:
         if self.repo is None or snapshot is None or not (subfolders or names):
             return
         own = self.path.relative_to(snapshot).as_posix().removeprefix(".")
-        patterns = [*_patterns(own, names)]
+        patterns = _patterns(own, (*HUB_PATTERNS, *map(glob.escape, names)))
         for subfolder in subfolders:
-            patterns += _patterns(f"{own}/{subfolder}")
+            patterns += _patterns(f"{own}/{subfolder}", HUB_PATTERNS)
         self.repo.download(patterns)
 
     @property
@@ -253,6 +253,7 @@ def open_folder(
     token: str | bool | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
+    patterns: Collection[str] = HUB_PATTERNS,
 ) -> AdapterFolder:
     """Open an adapter folder given as PEFT's `from_pretrained` is given it.
 
@@ -267,6 +268,7 @@ def open_folder(
         token: Access token for the Hub.
         local_files_only: Whether to take only what the cache holds.
         force_download: Whether to download what the cache holds already.
+        patterns: What of the adapter's files is to be downloaded.
 
     Raises:
         HfHubHTTPError: The Hub refused, as it does for a repo that does not exist.
@@ -285,14 +287,15 @@ def open_folder(
         token=token,
         local_files_only=local_files_only,
     )
-    snapshot = repo.download(_patterns(subfolder or ""), force_download=force_download)
+    wanted = _patterns(subfolder or "", patterns)
+    snapshot = repo.download(wanted, force_download=force_download)
     if snapshot is None:
         return local  # no repo has such a name, so it was meant as a path; all files are absent
     folder = AdapterFolder.at(snapshot / (subfolder or ""))
     return attrs.evolve(folder, repo=attrs.evolve(repo, revision=folder.commit))
 
 
-def _patterns(subfolder: str, names: Collection[str] = ()) -> list[str]:
-    """What to ask the Hub for of a folder: the files of an adapter, and others by their names."""
+def _patterns(subfolder: str, patterns: Collection[str]) -> list[str]:
+    """What to ask the Hub for of a sub-folder; the root is called ``""``."""
     prefix = f"{glob.escape(subfolder.strip('/'))}/" if subfolder.strip("/") else ""
-    return [prefix + pattern for pattern in (*HUB_PATTERNS, *map(glob.escape, names))]
+    return [prefix + pattern for pattern in patterns]

@@ -41,7 +41,7 @@ class HubRepo:
             AdapterNotFoundError: The Hub is not to be reached and the cache lacks files.
         """
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, HTTPError
+        from huggingface_hub.errors import HFValidationError
 
         try:
             snapshot = snapshot_download(
@@ -55,7 +55,7 @@ class HubRepo:
             )
         except HFValidationError:
             return None
-        except (HTTPError, OSError) as error:
+        except (_http_error(), OSError) as error:
             if _is_of_the_network(error):
                 raise AdapterNotFoundError(self._asked_for(), self._why(error)) from error
             raise
@@ -101,7 +101,7 @@ def may_have(
         local_files_only: Whether the Hub is not to be asked.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError, HTTPError
+    from huggingface_hub.errors import EntryNotFoundError
 
     if local_files_only:
         return True
@@ -110,13 +110,21 @@ def may_have(
         get_hf_file_metadata(url, token=token, timeout=_PATIENCE)
     except EntryNotFoundError:
         return False
-    except (HTTPError, OSError, ValueError):
+    except (_http_error(), OSError, ValueError):
         return True
     return True
 
 
 _PATIENCE = 3.0
 """Seconds to wait for the Hub's word on a file that no load depends on."""
+
+
+def _http_error() -> type[Exception]:
+    """What the HTTP library that huggingface_hub uses raises: httpx, or formerly requests."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    base: type[Exception] = HfHubHTTPError.__bases__[0]
+    return base
 
 
 def _is_of_the_network(error: BaseException) -> bool:

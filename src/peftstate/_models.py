@@ -207,6 +207,8 @@ class PeftModel(peft.PeftModel):
             **kwargs: As in PEFT.
 
         Raises:
+            AdapterNotFoundError: There is no such folder, and the Hub is not to be reached. What
+                the Hub refuses is an error of `huggingface_hub`.
             ManifestError: The manifest cannot be used.
             IntegrityError: A file is not the one that was saved.
             StateMismatchError: The model differs from the saved one in what cannot be restored.

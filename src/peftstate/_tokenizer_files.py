@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from peftstate._diff import Mismatch, diff, steps
 from peftstate._digest import file_digest
-from peftstate._injection import temporary_folder
 from peftstate._report import Report
 from peftstate._warn import warn
 from peftstate.errors import StateMismatchWarning
@@ -106,6 +105,8 @@ def _compare(
 def _load(folder: AdapterFolder, names: list[str]) -> Any:
     """Load a tokenizer of transformers from a copy of its files, its own code not allowed."""
     from transformers import AutoTokenizer
+
+    from peftstate._injection import temporary_folder  # imports peft, which vLLM can do without
 
     with temporary_folder() as place:
         for name in names:

@@ -63,6 +63,7 @@ def verify_files(
         the files beside them, of which the manifest says nothing.
 
     Raises:
+        AdapterNotFoundError: There is no such folder, and the Hub is not to be reached.
         ManifestError: A manifest cannot be used.
         IntegrityError: A manifest was changed after it was written, or cannot be read.
         SignatureError: The folder is not as one of the trusted keys signed it.

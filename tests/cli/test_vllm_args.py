@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import peftstate
-from peftstate._vllm import engine_arguments
+from peftstate._vllm_args import engine_arguments
 from peftstate.cli.app import app
 from peftstate.errors import NotServableError
 from tests._tokenizers import make_tokenizer
@@ -161,7 +161,7 @@ def test_scaling_set_by_hand(load_base, with_lora, tmp_path):
     assert engine_arguments(save(model, tmp_path / "a")).options["--max-lora-rank"] == "8"
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     layer.scaling["default"] = 0.7
-    with pytest.raises(NotServableError, match="default.scaling: it was set by hand"):
+    with pytest.raises(NotServableError, match=r"default\.scaling: it was set by hand"):
         engine_arguments(save(model, tmp_path / "b"))
 
 
@@ -206,7 +206,7 @@ def test_no_manifest(tmp_path):
 def test_without_torch(adapter):
     """Neither torch nor vLLM is imported."""
     code = (
-        "import sys; from peftstate._vllm import engine_arguments; "
+        "import sys; from peftstate._vllm_args import engine_arguments; "
         f"print(engine_arguments({str(adapter)!r}).command); "
         "assert not {'torch', 'numpy', 'vllm', 'peft'} & sys.modules.keys()"
     )

@@ -265,6 +265,18 @@ def test_a_part_in_the_cache(model, load_base, hub, client):
     PeftModel.from_pretrained(load_base("bf16"), REPO)
 
 
+@pytest.mark.usefixtures("client", "model")
+def test_no_weights_are_downloaded_to_read_the_manifest(hub):
+    """What is small does for that; the rest is downloaded when it is needed."""
+    hub.asked.clear()
+    peftstate.read_manifest(REPO)
+    peftstate.base_model_kwargs(REPO)
+    assert set(hub.downloads()) == {"adapter_config.json", "peftstate.json"}
+    assert peftstate.verify_files(REPO).ok
+    # The config of the extra adapter is the same, so the cache has its content.
+    assert {*OWN, *EXTRA[1:]} <= set(hub.downloads())
+
+
 def test_names_of_the_stub():
     """The stub calls contents as git and Git LFS do."""
     assert etag_of("a.json", b"{}\n") == "0967ef424bce6791893e9a57bb952f80fd536e93"

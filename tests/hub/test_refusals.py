@@ -141,9 +141,9 @@ def test_transformers_own_load(on_the_hub, client):
             load("user/plain")
         except OSError:  # huggingface_hub 0 has PEFT ask the Hub for what is in the cache
             continue
-        with peftstate.installed():
-            with pytest.warns(errors.UnverifiedWarning, match="transformers loaded this adapter"):
-                load("user/plain")
+        telling = pytest.warns(errors.UnverifiedWarning, match="transformers loaded this adapter")
+        with peftstate.installed(), telling:
+            load("user/plain")
 
 
 def test_may_have(on_the_hub, hub, client):

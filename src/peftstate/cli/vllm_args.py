@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from peftstate._vllm import engine_arguments
+from peftstate._vllm_args import engine_arguments
 from peftstate.cli._terminal import (
     AsJson,
     Source,

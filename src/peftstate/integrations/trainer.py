@@ -120,8 +120,9 @@ def restore_on_resume() -> None:
 def with_resume(original: Callable[..., None]) -> Callable[..., None]:
     """Wrap what `Trainer` loads to resume, so that it is all that was trained.
 
-    It loads adapters one by one, and knows nothing of tensors that PEFT does not save. Where there
-    are several, transformers 4.56 leaves out the one in the checkpoint's own folder.
+    It loads adapters one by one, and knows nothing of tensors that PEFT does not save; these must
+    be back before, since each adapter is verified against the base model. Of several adapters
+    transformers 4.56 leaves out the one in the checkpoint's own folder.
     """
     if hasattr(original, _RESTORES):
         return original
@@ -130,8 +131,8 @@ def with_resume(original: Callable[..., None]) -> Callable[..., None]:
     def _load_from_checkpoint(
         self: Trainer, resume_from_checkpoint: str, *args: Any, **kwargs: Any
     ) -> None:
-        original(self, resume_from_checkpoint, *args, **kwargs)
         _restore_trained(self, resume_from_checkpoint)
+        original(self, resume_from_checkpoint, *args, **kwargs)
 
     setattr(_load_from_checkpoint, _RESTORES, True)
     return _load_from_checkpoint
@@ -144,9 +145,9 @@ def with_best_model(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def _load_best_model(self: Trainer) -> None:
-        original(self)
         if self.state.best_model_checkpoint is not None:
             _restore_trained(self, self.state.best_model_checkpoint)
+        original(self)
 
     setattr(_load_best_model, _RESTORES, True)
     return _load_best_model

@@ -31,7 +31,12 @@ from peftstate._report import FILES, Report
 from peftstate._storage import MANIFEST_NAME
 from peftstate._verifying import verify_files
 from peftstate._vllm import FAMILIES, needed
-from peftstate.errors import EngineMismatchError, IntegrityError, ManifestError
+from peftstate.errors import (
+    EngineMismatchError,
+    IntegrityError,
+    ManifestError,
+    TokenizerMismatchError,
+)
 
 if TYPE_CHECKING:
     from peftstate._vllm import Engine
@@ -133,7 +138,7 @@ def check(path: str, engines: list[Any]) -> None:
     policy = _policy()
     for config in engines:
         _apply(path, policy, Report(tuple(mismatches(manifest, wanted, config)), _SECTIONS))
-        _check_tokenizer(manifest, config, policy)
+        _check_tokenizer(path, manifest, config, policy)
         _note_name(path, manifest, config)
     _log.info(
         "%s is as it was saved and fits the engine (%s). The base model's weights were not "
@@ -168,6 +173,7 @@ def _check_files(folder: AdapterFolder) -> None:
 
     Raises:
         IntegrityError: They are not those that were saved.
+        AdapterMismatchError: The PEFT config is not.
     """
     if folder.is_pending:
         found = "the files of a save that did not finish, which vLLM would not read"
@@ -177,7 +183,12 @@ def _check_files(folder: AdapterFolder) -> None:
         return
     report = verify_files(folder.path)
     own = tuple(item for item in report.mismatches if _is_of(folder, item))
-    Report(own, report.sections, report.notes).raise_for_mismatch()
+    if own:
+        error = Report(own, report.sections).error()
+        if isinstance(error, IntegrityError):
+            path = str(folder.path / error.file)
+            raise IntegrityError(path, error.expected, error.actual)
+        raise error
     loaded = next((name for name in _WEIGHTS if folder.exists(name)), None)
     if loaded is not None and loaded not in manifest_of(folder).files:
         found = "weights that were not saved with it, and that vLLM would load"
@@ -282,11 +293,11 @@ def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_tokenizer(manifest: Manifest, config: Any, policy: Policy) -> None:
+def _check_tokenizer(path: str, manifest: Manifest, config: Any, policy: Policy) -> None:
     """Compare the engine's tokenizer with the saved one, if its files are on this machine.
 
     Raises:
-        TokenizerMismatchError: It is another one.
+        EngineMismatchError: It is another one.
     """
     from peftstate._tokenizer_files import check_beside
 
@@ -295,7 +306,10 @@ def _check_tokenizer(manifest: Manifest, config: Any, policy: Policy) -> None:
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        check_beside(AdapterFolder.at(Path(place)), manifest, policy)
+        try:
+            check_beside(AdapterFolder.at(Path(place)), manifest, policy)
+        except TokenizerMismatchError as error:
+            raise EngineMismatchError(path, error.report) from None
     for warning in caught:
         _log.warning("%s", warning.message)
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 
-class Rows(torch.utils.data.Dataset):
+class Rows(torch.utils.data.Dataset[dict[str, list[int]]]):
     """A few rows of token ids."""
 
     def __len__(self):
