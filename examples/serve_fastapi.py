@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import uvicorn
@@ -38,8 +39,8 @@ class Adapter(BaseModel):
     path: Path
 
 
-def make_app(model: peftstate.PeftModel) -> FastAPI:
-    """The server around a model.
+def make_app(model: Any) -> FastAPI:
+    """The server around a `peftstate.PeftModel`.
 
     The endpoints are no coroutines, so FastAPI runs them in threads.
     """

@@ -29,9 +29,9 @@ class Generation(litserve.LitAPI):
     def setup(self, device: str) -> None:
         """Load the model, verified."""
         kwargs = peftstate.base_model_kwargs(self.adapter)
-        base = AutoModelForCausalLM.from_pretrained(self.base, **kwargs).to(device)
-        self.model = peftstate.PeftModel.from_pretrained(
-            base, self.adapter, is_trainable=False, require_manifest=True
+        base: Any = AutoModelForCausalLM.from_pretrained(self.base, **kwargs)
+        self.model: Any = peftstate.PeftModel.from_pretrained(
+            base.to(device), self.adapter, is_trainable=False, require_manifest=True
         )
 
     def predict(self, request: dict[str, Any]) -> dict[str, list[int]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import attrs
+from peft import LoraConfig
 
 from peftstate.errors import RestoreError
 from peftstate.sections import _origin, extra_tensors
@@ -80,3 +81,57 @@ def put_back_initialisation(view: ModelView, files: Mapping[str, AdapterFiles]) 
         if _plainly(read) is not read:
             for key in _PLAINLY.keys() & read.config.keys():
                 setattr(config, key, read.config[key])
+
+
+def is_overwritten(source: Source) -> bool:
+    """Whether all that PEFT would draw or compute for the adapters is in their files.
+
+    Then it need not be made: PEFT can leave the weights out until it has the files' own
+    (``low_cpu_mem_usage``). That holds for LoRA without any of its variants; what other tuners and
+    the variants make beside the weights in the file is not to be had in this way.
+    """
+    records = source.manifest.sections["adapters"].adapters
+    extra = source.manifest.sections["extra_tensors"].adapters
+    return all(
+        _is_plain_lora(files.config) and not records[name].unsaved and not extra.get(name)
+        for name, files in source.adapters.items()
+    )
+
+
+def _is_plain_lora(config: Mapping[str, Json]) -> bool:
+    """Whether an adapter is LoRA without a variant, so that A and B, and biases, are all it has."""
+    if config.get("peft_type") != "LORA" or not isinstance(config.get("init_lora_weights"), bool):
+        return False
+    defaults = LoraConfig().to_dict()
+    return all(
+        not value or value == defaults.get(key)
+        for key, value in config.items()
+        if key not in _OF_PLAIN_LORA
+    )
+
+
+_OF_PLAIN_LORA = frozenset(
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "peft_type",
+        "peft_version",
+        "r",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
+)
+"""Fields of a config that make no variant of LoRA."""

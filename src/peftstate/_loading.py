@@ -13,6 +13,7 @@ from torch import nn
 
 from peftstate._initialisation import (
     check_loads_alone,
+    is_overwritten,
     put_back_initialisation,
     without_initialisation,
 )
@@ -43,10 +44,11 @@ from peftstate.sections.tokenizer import put_back_on_failure
 T = TypeVar("T")
 M = TypeVar("M", bound=peft.PeftModel)
 
-Inject = Callable[[Path, peft.PeftConfig], peft.PeftModel]
-"""PEFT's `from_pretrained` on the base model: takes the folder and the adapter's config."""
-Load = Callable[[Any, Path, str], Any]
-"""PEFT's `load_adapter`: takes the model, the folder and the adapter's name."""
+Inject = Callable[[Path, peft.PeftConfig, bool], peft.PeftModel]
+"""PEFT's `from_pretrained` on the base model: takes the folder, the adapter's config, and whether
+the adapter's weights may be left on the meta device until they are loaded."""
+Load = Callable[[Any, Path, str, bool], Any]
+"""PEFT's `load_adapter`: takes the model, the folder, the adapter's name, and the same as well."""
 Finish = Callable[[peft.PeftModel, _origin.Origin], M]
 """Takes the loaded model, and what its base model's checkpoint gave of it. If it fails, so does the
 load."""
@@ -95,10 +97,10 @@ def load_model(
         restores = extra_tensors.SECTION in plan.sections(bare, manifest)
         extra = manifest.sections["extra_tensors"].adapters[own] if restores else ()
         with readable_by_peft(given, own) as folder, kept(base), without_word_of(extra, names[own]):
-            model = inject(folder, given.adapters[own].peft_config())
+            model = inject(folder, given.adapters[own].peft_config(), is_overwritten(given))
         for name in [name for name in names if name != own]:
             with readable_by_peft(given, name) as folder, kept(base):
-                load(model, folder, names[name])
+                load(model, folder, names[name], is_overwritten(given))
         view = ModelView(
             model=model,
             adapters=names,
@@ -143,12 +145,14 @@ def load_adapter(
     own = source.own_adapter
     manifest = for_adapters(source.manifest, {own})
     view = ModelView(model=model, adapters={own: name}, folders={own: "."})
+    # The parameters of an adapter that is there stay the objects that an optimizer holds.
+    on_meta = name not in model.peft_config and is_overwritten(source)
     check_base(ModelView(model=view.base), manifest, plan)
 
     def steps() -> Any:
         _spare_data(view, names=_names_in_base(source.adapters), adapter=name)
         with readable_by_peft(source, own) as folder, harmless_state_dict(model):
-            result = load(model, folder, name)
+            result = load(model, folder, name, on_meta)
         set_tensors(view, source.adapters, manifest, plan)
         expected = _as_live(manifest, view)
         dtype.restore_adapters(expected.sections["dtype"], view)

@@ -220,16 +220,18 @@ class PeftModel(peft.PeftModel):
         check_tokenizer(tokenizer)
 
         @calling_peft()
-        def peft_load(source: str, trainable: bool, config: PeftConfig | None) -> peft.PeftModel:
+        def peft_load(
+            source: str, trainable: bool, config: PeftConfig | None, *, on_meta: bool
+        ) -> peft.PeftModel:
             loaded: peft.PeftModel = peft.PeftModel.from_pretrained(
                 model,
                 source,
                 adapter_name,
                 trainable,
                 config,
-                autocast_adapter_dtype=autocast_adapter_dtype,
+                autocast_adapter_dtype=autocast_adapter_dtype and not on_meta,
                 ephemeral_gpu_offload=ephemeral_gpu_offload,
-                low_cpu_mem_usage=low_cpu_mem_usage and folder is None,
+                low_cpu_mem_usage=on_meta,
                 key_mapping=key_mapping,
                 **kwargs,
             )
@@ -241,7 +243,9 @@ class PeftModel(peft.PeftModel):
             )
             if folder is None:
                 origin = _origin.observe(ModelView(model=model))
-                plain = peft_load(str(model_id), bool(is_trainable), config)
+                plain = peft_load(
+                    str(model_id), bool(is_trainable), config, on_meta=low_cpu_mem_usage
+                )
                 return attach_observed(plain, origin, tokenizer)
             for name in hub:
                 del kwargs[name]
@@ -255,9 +259,13 @@ class PeftModel(peft.PeftModel):
                 source,
                 names=live_names(source, adapter_name),
                 plan=plan,
-                inject=lambda path, saved: peft_load(str(path), trainable, config or saved),
+                inject=lambda path, saved, on_meta: peft_load(
+                    str(path), trainable, config or saved, on_meta=on_meta and config is None
+                ),
                 load=calling_peft()(
-                    lambda live, path, name: peft.PeftModel.load_adapter(live, str(path), name)
+                    lambda live, path, name, on_meta: peft.PeftModel.load_adapter(
+                        live, str(path), name, low_cpu_mem_usage=on_meta
+                    )
                 ),
                 finish=lambda loaded, origin: _finish(
                     attach_observed(loaded, origin, tokenizer), source, is_trainable=is_trainable
@@ -312,16 +320,16 @@ class PeftModel(peft.PeftModel):
         policy = Policy.of(on_mismatch)
 
         @calling_peft()
-        def peft_load(live: Any, path: str | Path, name: str) -> Any:
+        def peft_load(live: Any, path: str | Path, name: str, on_meta: bool) -> Any:
             return peft.PeftModel.load_adapter(
                 live,
                 str(path),
                 name,
                 is_trainable,
                 torch_device,
-                autocast_adapter_dtype=autocast_adapter_dtype,
+                autocast_adapter_dtype=autocast_adapter_dtype and not on_meta,
                 ephemeral_gpu_offload=ephemeral_gpu_offload,
-                low_cpu_mem_usage=low_cpu_mem_usage and folder is None,
+                low_cpu_mem_usage=on_meta,
                 key_mapping=key_mapping,
                 **kwargs,
             )
@@ -331,7 +339,7 @@ class PeftModel(peft.PeftModel):
                 model_id, hub, require_manifest=require_manifest, trusted_keys=trusted_keys
             )
             if folder is None:
-                return peft_load(self, str(model_id), adapter_name)
+                return peft_load(self, str(model_id), adapter_name, low_cpu_mem_usage)
             for name in hub:
                 del kwargs[name]
             source = read_source(folder, ())

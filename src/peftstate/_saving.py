@@ -59,6 +59,7 @@ TOKENIZER_NAME = "tokenizer_config.json"
 
 def capture_sections(view: ModelView) -> dict[str, Any]:
     """The record of every section; the random generators first, before anything could draw."""
+    view = view.now()
     ordered = sorted(SECTIONS, key=lambda section: section.name != "rng")
     records = {
         section.name: section.capture(view) for section in ordered if section.applies_to(view)

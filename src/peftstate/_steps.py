@@ -77,6 +77,7 @@ def check_base(view: ModelView, manifest: Manifest, plan: Plan) -> None:
     Raises:
         StateMismatchError: It is another one, or quantized in another way.
     """
+    view = view.now()
     for section in plan.sections(view, manifest):
         if section.checked_on_base:
             mismatches = tuple(
@@ -162,6 +163,7 @@ def compare(
     capture: Callable[[Section[Any]], Callable[[ModelView, Any], Any]],
 ) -> Report:
     """Compare the sections of a plan."""
+    view = view.now()
     sections = plan.sections(view, manifest)
     mismatches = [
         mismatch

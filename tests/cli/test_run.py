@@ -6,9 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
-import trl
 from typer.testing import CliRunner
 
 import peftstate
@@ -94,7 +94,7 @@ def test_wrong_usage_is_told(arguments, message):
     assert message in result.output
 
 
-@pytest.mark.skipif(trl.__version__ < "1", reason="TRL 0.22's script does not start by itself")
+@pytest.mark.skipif(version("trl") < "1", reason="TRL 0.22's script does not start by itself")
 def test_trls_own_script_is_reached(tmp_path):
     """`trl.scripts.sft`, which knows nothing of us, leaves checkpoints with manifests."""
     from _tiny import SENTENCES, tiny_checkpoint

@@ -110,7 +110,7 @@ def test_loads_what_fits(engine, save, caplog):
         assert engine.manager.load(folder) == (engine.helper, str(folder), 64)
     assert engine.manager.device == "cpu"
     text = caplog.text
-    assert "is as it was saved and fits the engine (base_model, quantization, dtype" in text
+    assert "fits the engine (base_model, quantization, dtype, adapters)." in text
     assert "The base model's weights were not compared" in text
     assert "the engine's is elsewhere/base." in text
 
@@ -243,11 +243,13 @@ def test_what_vllm_lacks(engine, save):
         engine.manager.load(save(trainable_token_indices=[5]))
 
 
-def test_tokenizer(engine, save, tmp_path):
+def test_tokenizer(engine, save, tmp_path, caplog):
     """A tokenizer on this machine is compared with the saved one."""
     folder = save(tokenizer=make_tokenizer())
     engine.config.model_config.tokenizer = str(folder)
-    engine.manager.load(folder)
+    with caplog.at_level(logging.INFO, "vllm.peftstate"):
+        engine.manager.load(folder)
+    assert "dtype, adapters, tokenizer)." in caplog.text
     make_tokenizer(size=280).save_pretrained(tmp_path / "other")
     engine.config.model_config.tokenizer = str(tmp_path / "other")
     with pytest.raises(EngineMismatchError, match=r"tokenizer\.size: saved 300, found 280"):

@@ -138,17 +138,17 @@ def check(path: str, engines: list[Any]) -> None:
     policy = _policy()
     for config in engines:
         _apply(path, policy, Report(tuple(mismatches(manifest, wanted, config)), _SECTIONS))
-        _check_tokenizer(path, manifest, config, policy)
+        has_tokenizer = _check_tokenizer(path, manifest, config, policy)
         _note_name(path, manifest, config)
-    _log.info(
-        "%s is as it was saved and fits the engine (%s). The base model's weights were not "
-        "compared; `peftstate probe` compares what is computed.",
-        path,
-        ", ".join(_SECTIONS),
-    )
+        _log.info(
+            "%s is as it was saved and fits the engine (%s). The base model's weights were not "
+            "compared; `peftstate probe` compares what is computed.",
+            path,
+            ", ".join([*_SECTIONS, *(["tokenizer"] if has_tokenizer else [])]),
+        )
 
 
-_SECTIONS = ("base_model", "quantization", "dtype", "adapters", "tokenizer")
+_SECTIONS = ("base_model", "quantization", "dtype", "adapters")
 
 
 def _without_manifest(path: str) -> None:
@@ -293,17 +293,21 @@ def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_tokenizer(path: str, manifest: Manifest, config: Any, policy: Policy) -> None:
+def _check_tokenizer(path: str, manifest: Manifest, config: Any, policy: Policy) -> bool:
     """Compare the engine's tokenizer with the saved one, if its files are on this machine.
+
+    Returns:
+        Whether they were compared.
 
     Raises:
         EngineMismatchError: It is another one.
     """
-    from peftstate._tokenizer_files import check_beside
+    from peftstate._tokenizer_files import CONFIG_NAME, check_beside
 
     place = getattr(config.model_config, "tokenizer", None)
-    if not isinstance(place, str) or not Path(place).is_dir():
-        return
+    is_here = isinstance(place, str) and Path(place, CONFIG_NAME).is_file()
+    if not is_here or "tokenizer" not in manifest.sections or not policy.handles("tokenizer"):
+        return False
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -312,6 +316,7 @@ def _check_tokenizer(path: str, manifest: Manifest, config: Any, policy: Policy)
             raise EngineMismatchError(path, error.report) from None
     for warning in caught:
         _log.warning("%s", warning.message)
+    return True
 
 
 def _note_name(path: str, manifest: Manifest, config: Any) -> None:

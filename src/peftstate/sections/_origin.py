@@ -58,6 +58,7 @@ class Origin:
 
 def observe(view: ModelView) -> Origin:
     """Look at a base model before it is trained; it may be bare, or wrapped by somebody else."""
+    view = view.now()
     found = base_tensors(view)
     new = _not_loaded(view, found) | _rewritten(view, found)
     known = {name: base for name, base in found.items() if name not in new and not base.replayed}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -25,6 +26,23 @@ def keep_tokenizer(model: Any, tokenizer: Any) -> None:
     setattr(model, _TOKENIZER, tokenizer)
 
 
+class _Walked:
+    """The modules and tensors of a model, found when they are first asked for."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @cached_property
+    def sites(self) -> tuple[_walk.Site, ...]:
+        """The modules."""
+        return tuple(_walk.sites(self._model))
+
+    @cached_property
+    def tensors(self) -> tuple[_walk.TensorSite, ...]:
+        """The parameters and buffers."""
+        return tuple(_walk.tensors(self._model))
+
+
 @attrs.frozen(kw_only=True)
 class ModelView:
     """A PEFT model, or a bare base model, and which of its adapters are looked at.
@@ -40,6 +58,7 @@ class ModelView:
         saved_shapes: Shapes of the tensors in the files of a load; `None` if there are none.
         memo: Records of the base model's tensors that were made already. A view, and those made
             from it, are for one moment: the model must not change meanwhile.
+        walked: What was found in the model at one moment; `None` if it may change meanwhile.
     """
 
     model: Any
@@ -51,6 +70,7 @@ class ModelView:
     keeps_merged: bool = False
     saved_shapes: frozenset[tuple[int, ...]] | None = None
     memo: dict[str, TensorRecord] = attrs.field(factory=dict, eq=False, repr=False)
+    walked: _Walked | None = attrs.field(default=None, eq=False, repr=False)
 
     @classmethod
     def of(cls, model: Any, *, fingerprint: str = "full") -> ModelView:
@@ -78,6 +98,10 @@ class ModelView:
             self, adapters={adapter: self.adapters[adapter]}, folders={adapter: "."}
         )
 
+    def now(self) -> ModelView:
+        """The view of this moment, which walks over the model once: it must not change."""
+        return attrs.evolve(self, walked=_Walked(self.model))
+
     @property
     def base(self) -> Any:
         """The bare base model; adapters may be injected in it."""
@@ -90,12 +114,14 @@ class ModelView:
     def sites(self) -> tuple[_walk.Site, ...]:
         """The modules, those of adapters that are not looked at left out."""
         wanted = {None, *self.adapters.values()}
-        return tuple(site for site in _walk.sites(self.model) if site.adapter in wanted)
+        found = _walk.sites(self.model) if self.walked is None else self.walked.sites
+        return tuple(site for site in found if site.adapter in wanted)
 
     def tensors(self) -> tuple[_walk.TensorSite, ...]:
         """The parameters and buffers, those of adapters that are not looked at left out."""
         wanted = {None, *self.adapters.values()}
-        return tuple(site for site in _walk.tensors(self.model) if site.adapter in wanted)
+        found = _walk.tensors(self.model) if self.walked is None else self.walked.tensors
+        return tuple(site for site in found if site.adapter in wanted)
 
     def base_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The base model's modules under their original names, adapters looked through."""
