@@ -144,6 +144,9 @@ def loads(made: Workshop, library: Library, times: int) -> Outcome:
 
     failures = in_threads([partial(load, index) for index in range(times)])
     wrong = []
+    if torch.get_default_dtype() != torch.float32:
+        wrong.append(f"the process is left with {torch.get_default_dtype()} as its default dtype")
+        torch.set_default_dtype(torch.float32)
     for index, model in sorted(models.items()):
         kind = KINDS[index % len(KINDS)]
         try:

@@ -228,3 +228,40 @@ def test_embeddings_that_an_adapter_brings_are_not_left_in_the_base(
     assert other.get_input_embeddings().weight is before
     assert torch.equal(before, values)
     assert other.config.vocab_size == 64
+
+
+def test_a_load_makes_no_weights_that_it_overwrites(load_base, with_lora, tmp_path, monkeypatch):
+    """For plain LoRA nothing is drawn at random: PEFT waits for the weights of the file."""
+    with_lora(load_base("nf4"), init_lora_weights=True).save_pretrained(tmp_path)
+    drawn = []
+    original = torch.nn.init.kaiming_uniform_
+
+    def counting(tensor, *args, **kwargs):
+        if tensor.device.type != "meta":
+            drawn.append(tuple(tensor.shape))
+        return original(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", counting)
+    model = peftstate.PeftModel.from_pretrained(load_base("nf4"), tmp_path, is_trainable=False)
+    model.load_adapter(tmp_path, "more")
+    assert drawn == []
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_what_is_more_than_a_and_b_is_made(load_base, with_lora, tmp_path, logits, fields):
+    """Variants of LoRA make things beside the weights in the file, so PEFT begins them as ever."""
+    model = with_lora(load_base(), **fields)
+    model.save_pretrained(tmp_path)
+    loaded = peftstate.PeftModel.from_pretrained(load_base(), tmp_path, is_trainable=False)
+    assert torch.equal(logits(loaded), logits(model.eval()))
+
+
+def test_an_adapter_that_is_replaced_keeps_its_parameters(load_base, with_lora, tmp_path):
+    """An optimizer holds these objects: resuming loads values into them."""
+    with_lora(load_base()).save_pretrained(tmp_path)
+    model = with_lora(load_base())
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+    assert peftstate.verify(model, tmp_path).of("adapters").ok

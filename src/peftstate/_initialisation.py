@@ -93,13 +93,16 @@ def is_overwritten(source: Source) -> bool:
     records = source.manifest.sections["adapters"].adapters
     extra = source.manifest.sections["extra_tensors"].adapters
     return all(
-        _is_plain_lora(files.config) and not records[name].unsaved and not extra.get(name)
+        _is_plain_lora(files.config)
+        and all(".lora_" in key for key in files.tensors)  # not biases, nor embeddings of the base
+        and not records[name].unsaved
+        and not extra.get(name)
         for name, files in source.adapters.items()
     )
 
 
 def _is_plain_lora(config: Mapping[str, Json]) -> bool:
-    """Whether an adapter is LoRA without a variant, so that A and B, and biases, are all it has."""
+    """Whether an adapter is LoRA without a variant, so that A and B are all it has."""
     if config.get("peft_type") != "LORA" or not isinstance(config.get("init_lora_weights"), bool):
         return False
     defaults = LoraConfig().to_dict()

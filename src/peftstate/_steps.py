@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 LOCK = threading.RLock()
 """Held by every load of ours: transformers sets the default dtype of the whole process while it
 loads, and PEFT's registries are plain dictionaries."""
-_PATIENCE = 10.0
-"""Seconds that a save waits for a load, which may be downloading a base model."""
+_PATIENCE = 60.0
+"""Seconds that a save waits for loads: for many to take their turns, not for one that hangs."""
 
 
 @contextmanager

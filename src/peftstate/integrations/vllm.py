@@ -305,8 +305,9 @@ def _check_tokenizer(path: str, manifest: Manifest, config: Any, policy: Policy)
     from peftstate._tokenizer_files import CONFIG_NAME, check_beside
 
     place = getattr(config.model_config, "tokenizer", None)
-    is_here = isinstance(place, str) and Path(place, CONFIG_NAME).is_file()
-    if not is_here or "tokenizer" not in manifest.sections or not policy.handles("tokenizer"):
+    if not isinstance(place, str) or not Path(place, CONFIG_NAME).is_file():
+        return False
+    if "tokenizer" not in manifest.sections or not policy.handles("tokenizer"):
         return False
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

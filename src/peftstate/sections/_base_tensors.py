@@ -45,7 +45,11 @@ def base_tensors(view: ModelView) -> dict[str, BaseTensor]:
     Tensors that are made of others (torchao's) come as those others. Buffers that checkpoints do
     not hold are left out: the config gives them, on each kind of device with other last bits.
     """
-    return dict(_base_tensors(view))
+    if view.walked is None:
+        return dict(_base_tensors(view))
+    if not view.walked.base_tensors:
+        view.walked.base_tensors.update(_base_tensors(view))
+    return dict(view.walked.base_tensors)
 
 
 def _base_tensors(view: ModelView) -> Iterator[tuple[str, BaseTensor]]:

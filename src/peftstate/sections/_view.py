@@ -27,10 +27,16 @@ def keep_tokenizer(model: Any, tokenizer: Any) -> None:
 
 
 class _Walked:
-    """The modules and tensors of a model, found when they are first asked for."""
+    """The modules and tensors of a model, found when they are first asked for.
+
+    Attributes:
+        base_tensors: What `_base_tensors` made of them; to make it takes the unpacking of 4-bit
+            weights.
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self.base_tensors: dict[str, Any] = {}
 
     @cached_property
     def sites(self) -> tuple[_walk.Site, ...]:

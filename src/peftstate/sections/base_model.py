@@ -293,7 +293,7 @@ def prepare(record: BaseModelRecord, view: ModelView) -> None:
     inputs = embedding_weight(base, "input")
     if inputs is None:
         return
-    names = [name for name, tensor in base_tensors(view).items() if tensor.tensor is inputs]
+    names = [site.name for site in view.tensors() if site.part == "base" and site.tensor is inputs]
     restored = {*record.changed, *record.shadowed}
     known = restored & record.tensors.keys()
     rows = [record.tensors[name].shape[0] for name in names if name in known]

@@ -195,7 +195,8 @@ def _look_up(
 
 def restore(record: ExtraTensorsRecord, view: ModelView) -> None:
     """Put the base model's tensors in their places; adapters' tensors came with the others."""
-    for name, base in base_tensors(view).items():
+    found = base_tensors(view) if record.base else {}
+    for name, base in found.items():
         if name in record.base and base.site is not None:
             _put(record.base[name], base.site)
     if record.quantized:
