@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import attrs
@@ -12,6 +12,8 @@ from peftstate.errors import RestoreError
 from peftstate.sections import _origin, extra_tensors
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from peftstate._diff import Json
     from peftstate._source import AdapterFiles, Source
     from peftstate._steps import Plan
@@ -83,13 +85,25 @@ def put_back_initialisation(view: ModelView, files: Mapping[str, AdapterFiles]) 
                 setattr(config, key, read.config[key])
 
 
-def is_overwritten(source: Source) -> bool:
+def is_overwritten(source: Source, base: nn.Module, names: Collection[str]) -> bool:
     """Whether all that PEFT would draw or compute for the adapters is in their files.
 
     Then it need not be made: PEFT can leave the weights out until it has the files' own
     (``low_cpu_mem_usage``). That holds for LoRA without any of its variants; what other tuners and
-    the variants make beside the weights in the file is not to be had in this way.
+    the variants make beside the weights in the file is not to be had in this way. Nor does PEFT
+    find all weights of an adapter whose name is in the names of modules.
+
+    Args:
+        source: What was read.
+        base: The base model; adapters may be injected in it.
+        names: The names of the adapters in the model.
     """
+    if any(
+        f".{name}" in f".{path}{_AFTER_MODULES}"
+        for path, _ in base.named_modules()
+        for name in names
+    ):
+        return False
     records = source.manifest.sections["adapters"].adapters
     extra = source.manifest.sections["extra_tensors"].adapters
     return all(
@@ -99,6 +113,10 @@ def is_overwritten(source: Source) -> bool:
         and not extra.get(name)
         for name, files in source.adapters.items()
     )
+
+
+_AFTER_MODULES = ".base_model.lora_A.lora_B.lora_embedding_A.lora_embedding_B.weight.bias"
+"""What else may stand in the name of a tensor of LoRA."""
 
 
 def _is_plain_lora(config: Mapping[str, Json]) -> bool:

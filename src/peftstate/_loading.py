@@ -94,13 +94,14 @@ def load_model(
         _spare_data(bare, names={*shadowed, *_names_in_base(source.adapters)})
         prepare_base(bare, manifest, plan)
         given = without_initialisation(source, plan, bare)
+        on_meta = is_overwritten(given, base, names.values())
         restores = extra_tensors.SECTION in plan.sections(bare, manifest)
         extra = manifest.sections["extra_tensors"].adapters[own] if restores else ()
         with readable_by_peft(given, own) as folder, kept(base), without_word_of(extra, names[own]):
-            model = inject(folder, given.adapters[own].peft_config(), is_overwritten(given))
+            model = inject(folder, given.adapters[own].peft_config(), on_meta)
         for name in [name for name in names if name != own]:
             with readable_by_peft(given, name) as folder, kept(base):
-                load(model, folder, names[name], is_overwritten(given))
+                load(model, folder, names[name], on_meta)
         view = ModelView(
             model=model,
             adapters=names,
@@ -146,7 +147,7 @@ def load_adapter(
     manifest = for_adapters(source.manifest, {own})
     view = ModelView(model=model, adapters={own: name}, folders={own: "."})
     # The parameters of an adapter that is there stay the objects that an optimizer holds.
-    on_meta = name not in model.peft_config and is_overwritten(source)
+    on_meta = name not in model.peft_config and is_overwritten(source, view.base, {name})
     check_base(ModelView(model=view.base), manifest, plan)
 
     def steps() -> Any:
