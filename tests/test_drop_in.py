@@ -89,3 +89,19 @@ def test_key_mapping_renames_what_the_adapter_names(tmp_path):
         )
     x = torch.randn(2, 8)
     assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("config", "says_so"), [("PromptTuningConfig", True), ("PromptEncoderConfig", False)]
+)
+def test_a_prompt_is_for_inference(load_base, logits, tmp_path, config, says_so):
+    """The config says so, unless the prompt's layers are there, whose result is exact."""
+    fields = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    model = peftstate.get_peft_model(load_base(), getattr(peft, config)(**fields)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = peftstate.PeftModel.from_pretrained(load_base(), tmp_path, is_trainable=False)
+    assert loaded.peft_config["default"].inference_mode is says_so
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "again")
+    again = peftstate.PeftModel.from_pretrained(load_base(), tmp_path / "again", is_trainable=False)
+    assert torch.equal(logits(again), logits(model))

@@ -438,8 +438,8 @@ def attach_observed(
 
 def _finish(loaded: PeftModel, source: Source, *, is_trainable: bool | None) -> PeftModel:
     """What comes last in a load: what else PEFT's promise of inference takes, and a warning."""
-    if is_trainable is False:  # which PEFT forgets of prompts
-        loaded.requires_grad_(requires_grad=False)
+    if is_trainable is False:
+        _make_inference_only(loaded)
     keep_process(loaded, source.manifest)
     if is_trainable is None and any(module.training for module in loaded.modules()):
         warn(
@@ -448,6 +448,19 @@ def _finish(loaded: PeftModel, source: Source, *, is_trainable: bool | None) -> 
             TrainModeWarning,
         )
     return loaded
+
+
+def _make_inference_only(loaded: PeftModel) -> None:
+    """Do for prompts, too, what PEFT does of a load for inference.
+
+    One that layers compute goes on being computed, as when it was saved, so its config does not say
+    that it is in the form of PEFT's file.
+    """
+    loaded.requires_grad_(requires_grad=False)
+    for name, config in loaded.peft_config.items():
+        if config.is_prompt_learning:
+            weights = dict(loaded.prompt_encoder[name].named_parameters())
+            config.inference_mode = weights.keys() == {"embedding.weight"}
 
 
 @contextmanager

@@ -61,6 +61,12 @@ DIFFERENCES = (
         "base model, under the adapters that are there. A load that changes them is refused.",
     ),
     Difference(
+        r"test_from_pretrained_config_construction\[(CPT|PromptEncoder)Config",
+        r"inference_mode\nE   AssertionError",
+        "A prompt that layers compute keeps them in a load for inference, so its config does not "
+        "say inference_mode, with which PEFT takes the embedding that its file has for the result.",
+    ),
+    Difference(
         r"test_initialization\.py::test_from_pretrained_missing_keys_warning"
         r"|TestHotSwapping::test_hotswap_missing_key_works",
         r"AssertionError|assert False|assert tensor\(False\)",
