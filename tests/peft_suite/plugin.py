@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 import types
 from collections.abc import Iterable, Mapping
@@ -35,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("peftstate")
     group.addoption("--classes", choices=CLASSES, default="peft", help="whose classes are tested")
     group.addoption("--any-base", action="store_true", help="another base model is no error")
+    group.addoption("--tests", type=Path, help="a JSON object: each file, and what the ids match")
     group.addoption("--only", type=Path, help="a JSON list of the ids of the tests to run")
     group.addoption("--outcomes", type=Path, help="the JSON file that outcomes are written to")
 
@@ -94,13 +96,24 @@ class _View(types.ModuleType):
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests that are not asked for; replace what others have from PEFT's modules."""
-    if config.getoption("--only"):
-        only = set(json.loads(config.getoption("--only").read_text()))
-        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in only])
-        items[:] = [item for item in items if item.nodeid in only]
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    patterns = _read(config, "--tests")
+    only = _read(config, "--only")
+    for item in items:
+        asked = patterns is None or re.search(patterns[item.path.name], item.nodeid)
+        (kept if asked and (only is None or item.nodeid in only) else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
     if config.getoption("--classes") == "peftstate":
         for module in {item.module for item in items if isinstance(item, pytest.Function)}:
             _replace_globals(module)
+
+
+def _read(config: pytest.Config, option: str) -> Any:
+    """What is in the file that an option names, if it does."""
+    path = config.getoption(option)
+    return path and json.loads(path.read_text())
 
 
 def _replace_globals(module: types.ModuleType) -> None:

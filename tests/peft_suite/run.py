@@ -22,7 +22,7 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import attrs
@@ -76,9 +76,8 @@ class Suite:
     def run(
         self,
         classes: str,
-        files: Sequence[str],
+        tests: Mapping[str, str],
         *,
-        keyword: str = "",
         only: Collection[str] | None = None,
         any_base: bool = False,
     ) -> dict[str, Outcome]:
@@ -86,8 +85,7 @@ class Suite:
 
         Args:
             classes: Whose classes they are given, as the plugin's option of that name.
-            files: The names of the test files.
-            keyword: pytest's ``-k``.
+            tests: The names of the test files, and what the ids of their tests have to match.
             only: The ids of the tests to run; by default all.
             any_base: Whether an adapter loads onto another base model than it was saved with.
 
@@ -105,15 +103,14 @@ class Suite:
             command += ["-p", "no:cacheprovider", "-qq", "--no-header"]
             command += ["-W", "ignore", "--tb=short", "--show-capture=no", "-r", "N"]
             command += ["--continue-on-collection-errors", "-n", str(self.processes)]
-            if keyword:
-                command += ["-k", keyword]
             if any_base:
                 command.append("--any-base")
-            if only is not None:
-                listed = Path(directory, "only.json")
-                listed.write_text(json.dumps(sorted(only)))
-                command += ["--only", str(listed)]
-            command += [f"tests/{name}" for name in files]
+            for option, value in (("tests", dict(tests)), ("only", only and sorted(only))):
+                if value is not None:
+                    listed = Path(directory, f"{option}.json")
+                    listed.write_text(json.dumps(value))
+                    command += [f"--{option}", str(listed)]
+            command += [f"tests/{name}" for name in tests]
             # What needs the Hub fails.
             done = self.python("-m", "pytest", *command, folder=self.root, check=False)
             if not outcomes.exists():
@@ -209,23 +206,20 @@ class Result:
         """Whether a test passes with ours."""
         return name in self.ours and self.ours[name].passed
 
-    def run(self, suite: Suite, files: Sequence[str], keyword: str) -> None:
-        """Run test files with PEFT's classes, and what passes with ours."""
-        theirs = suite.run("peft", files, keyword=keyword)
-        self.theirs.update(theirs)
-        passed = {name for name, outcome in theirs.items() if outcome.passed}
-        if passed:
-            self.ours.update(suite.run(self.classes, files, only=passed))
-        failed = {name for name in passed if not self._passes(name)}
-        if failed:
-            self._again(suite, sorted(set(map(_file, failed))), failed)
+    def run(self, suite: Suite, tests: Mapping[str, str]) -> None:
+        """Run tests with PEFT's classes, and what passes with ours."""
+        self.theirs.update(suite.run("peft", tests))
+        if passed := self.passed():
+            self.ours.update(suite.run(self.classes, tests, only=passed))
+        if failed := self.failed():
+            self._again(suite, dict.fromkeys(sorted(set(map(_file, failed))), ""), failed)
 
-    def _again(self, suite: Suite, files: Sequence[str], failed: Collection[str]) -> None:
+    def _again(self, suite: Suite, tests: Mapping[str, str], failed: Collection[str]) -> None:
         """Run what failed once more, to know which fail by chance and which for the base model."""
-        for name, outcome in suite.run("peft", files, only=failed).items():
+        for name, outcome in suite.run("peft", tests, only=failed).items():
             if not outcome.passed:
                 self.theirs[name] = outcome
-        for name, outcome in suite.run(self.classes, files, only=failed, any_base=True).items():
+        for name, outcome in suite.run(self.classes, tests, only=failed, any_base=True).items():
             if outcome.passed and ANOTHER_BASE in self.reason(name):
                 self.refused.add(name)
             else:
@@ -275,7 +269,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="*", help="test files of PEFT; by default a selection")
-    parser.add_argument("-k", dest="keyword", default="", help="as in pytest, with FILES")
+    parser.add_argument("-k", dest="pattern", default="", help="what is in the ids of FILES' tests")
     parser.add_argument("--full", action="store_true", help="all files that can run")
     parser.add_argument("--classes", choices=sorted(OURS), default="peftstate")
     parser.add_argument(
@@ -289,15 +283,14 @@ def main() -> None:
     suite.python("-m", "tests.peft_suite.hub", str(suite.cache), folder=TESTS.parent, check=True)
     present = sorted(path.name for path in suite.root.glob("tests/test_*.py"))
     if arguments.files:
-        parts = [(arguments.files, arguments.keyword)]
+        tests = dict.fromkeys(arguments.files, arguments.pattern)
     elif arguments.full:
-        parts = [([name for name in present if name not in UNUSABLE], "")]
+        tests = {name: "" for name in present if name not in UNUSABLE}
     else:
-        parts = [([name for name in files if name in present], k) for k, files in QUICK.items()]
+        tests = {name: pattern for name, pattern in QUICK.items() if name in present}
     start = time.monotonic()
     result = Result(arguments.classes)
-    for files, keyword in parts:
-        result.run(suite, files, keyword)
+    result.run(suite, tests)
     wrong = report(result)
     version = importlib.metadata.version("peft")
     console.print(f"PEFT {version}, {OURS[arguments.classes]}, {time.monotonic() - start:.0f} s")
