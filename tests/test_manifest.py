@@ -89,6 +89,12 @@ def test_bytes() -> None:
     assert read(DATA) == MANIFEST
 
 
+def test_digest() -> None:
+    """It is the seal that is written; another state has another one."""
+    assert MANIFEST.digest == read(DATA).digest == VALUE["digest"]
+    assert attrs.evolve(MANIFEST, files={}).digest != MANIFEST.digest
+
+
 def test_bytes_do_not_depend_on_order() -> None:
     """The same state gives the same bytes, in whatever order it was captured."""
     files = {name: FileRecord(size=1, sha256=SHA) for name in ("b", "a", "c")}

@@ -66,18 +66,30 @@ class Manifest:
         Raises:
             ValueError: It is so large, or has such names, that no load would take it.
         """
-        content: dict[str, Json] = {
-            "schema_version": self.schema_version,
-            "peftstate_version": self.peftstate_version,
-            "sections": encode_sections(self.sections),
-            "files": {name: encode(record) for name, record in self.files.items()},
-        }
+        content = self._content()
         data = dumps({**content, "digest": seal_digest(canonical(content))})
         if len(data) > MAX_BYTES:
             raise ValueError(f"the manifest would have {len(data)} bytes; it may have {MAX_BYTES}")
         loads(data)
         check_twins(self.files)
         return data
+
+    @property
+    def digest(self) -> str:
+        """The seal, a BLAKE3 digest of all the rest: equal for equal state only.
+
+        A manifest that was read in an older schema has the seal that it would be written with now.
+        """
+        return seal_digest(canonical(self._content()))
+
+    def _content(self) -> dict[str, Json]:
+        """The manifest as JSON, without its seal."""
+        return {
+            "schema_version": self.schema_version,
+            "peftstate_version": self.peftstate_version,
+            "sections": encode_sections(self.sections),
+            "files": {name: encode(record) for name, record in self.files.items()},
+        }
 
     @classmethod
     def from_json(cls, data: bytes, *, path: str) -> Manifest:

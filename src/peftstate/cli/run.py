@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import runpy
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from typer.core import TyperCommand
 from peftstate._policy import OnMismatch
 
 USAGE = "[OPTIONS] {SCRIPT | -m MODULE} [ARGS]..."
+_EXTENSIONS = {"lm_eval": "peftstate.integrations.lm_eval"}
+"""Modules that can be run → what adds itself to them by being imported."""
 
 
 class RunCommand(TyperCommand):
@@ -80,6 +83,8 @@ def run(
     else:
         sys.argv = [module, *args]
         sys.path.insert(0, str(Path.cwd()))
+        if module in _EXTENSIONS:
+            importlib.import_module(_EXTENSIONS[module])
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
