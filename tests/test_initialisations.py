@@ -27,7 +27,12 @@ from peft.tuners.lora import layer as lora_layer
 from peft.utils import loftq_utils
 
 import peftstate
-from peftstate.errors import AdapterMismatchError, RestoreError, UnverifiedWarning
+from peftstate.errors import (
+    AdapterMismatchError,
+    BaseModelMismatchError,
+    RestoreError,
+    UnverifiedWarning,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{warning}")
@@ -470,6 +475,32 @@ def test_an_adapter_that_is_added_to_a_live_model(  # noqa: PLR0917 - fixtures
     other.load_adapter(tmp_path, "second")
     other.set_adapter("second")
     assert torch.equal(logits(other.eval()), logits(model))
+
+
+@pytest.mark.skipif("kasa" not in REWRITING, reason="this release of PEFT has no KaSA")
+def test_kasa_is_added_to_a_live_model_that_has_it(make, load_base, logits, tmp_path):
+    """The base model is cut off already, and stays as it is to the last bit."""
+    model = make("kasa")
+    train(model)
+    model.save_pretrained(tmp_path)
+    loaded = peftstate.PeftModel.from_pretrained(load_base(), tmp_path)
+    loaded.load_adapter(tmp_path, "second")
+    for adapter in ("default", "second"):
+        loaded.set_adapter(adapter)
+        assert torch.equal(logits(loaded.eval()), logits(model))
+
+
+@pytest.mark.skipif("kasa" not in REWRITING, reason="this release of PEFT has no KaSA")
+def test_kasa_is_not_added_to_a_live_model_of_another_rank(make, load_base, logits, tmp_path):
+    """Its base model is cut off elsewhere: the error names the weights, and nothing changes."""
+    make("kasa").save_pretrained(tmp_path / "first")
+    make("kasa", r=2).save_pretrained(tmp_path / "second")
+    model = peftstate.PeftModel.from_pretrained(load_base(), tmp_path / "first").eval()
+    before = logits(model)
+    with pytest.raises(BaseModelMismatchError, match=r"extra_tensors\.base\["):
+        model.load_adapter(tmp_path / "second", "second")
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("name", [name for name in REWRITING if name not in {"pissa", "olora"}])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import attrs
@@ -74,6 +75,22 @@ def check_loads_alone(source: Source) -> None:
             "load_adapter cannot repeat; load it with PeftModel.from_pretrained onto a base model "
             "of its own, or save it with path_initial_model_for_weight_conversion=",
         )
+
+
+@contextmanager
+def not_truncated_again(source: Source, view: ModelView) -> Iterator[None]:
+    """Keep the base model's weights while PEFT loads a KaSA adapter into a live model.
+
+    PEFT truncates them with each such adapter, under those that are there
+    (`peft/tuners/lora/variants.py::KasaLinearVariant.init`). Those that one of the same rank has
+    truncated already are what the adapter needs; of others the comparison tells.
+    """
+    truncates = source.adapters[source.own_adapter].config.get("kasa_config") is not None
+    tensors = [site.tensor for site in view.tensors() if truncates and site.part == "base"]
+    before = [(tensor, tensor.data) for tensor in tensors]
+    yield
+    for tensor, data in before:
+        tensor.data = data
 
 
 def put_back_initialisation(view: ModelView, files: Mapping[str, AdapterFiles]) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from peftstate._initialisation import (
     check_loads_alone,
     is_overwritten,
+    not_truncated_again,
     put_back_initialisation,
     without_initialisation,
 )
@@ -152,7 +153,8 @@ def load_adapter(
 
     def steps() -> Any:
         _spare_data(view, names=_names_in_base(source.adapters), adapter=name)
-        with readable_by_peft(source, own) as folder, harmless_state_dict(model):
+        readable = readable_by_peft(source, own)
+        with readable as folder, harmless_state_dict(model), not_truncated_again(source, view):
             result = load(model, folder, name, on_meta)
         set_tensors(view, source.adapters, manifest, plan)
         expected = _as_live(manifest, view)

@@ -55,12 +55,6 @@ DIFFERENCES = (
         "that is not as it was saved is refused before that.",
     ),
     Difference(
-        r"test_custom_models\.py::.*::test_load_(multiple_adapters|model_low_cpu_mem_usage)\[.*KaSA",
-        r"extra_tensors\.base\[",
-        "With each KaSA adapter that is loaded PEFT cuts singular values off the weights of the "
-        "base model, under the adapters that are there. A load that changes them is refused.",
-    ),
-    Difference(
         r"test_from_pretrained_config_construction\[(CPT|PromptEncoder)Config",
         r"inference_mode\nE   AssertionError",
         "A prompt that layers compute keeps them in a load for inference, so its config does not "
