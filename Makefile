@@ -28,7 +28,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo demo-gemma test lint types test-wheel test-oldest test-peft fidelity reliability vllm build constraints clean
+.PHONY: help venv demo demo-gemma test lint types docs test-wheel test-oldest test-peft fidelity reliability vllm build constraints clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
@@ -41,7 +41,7 @@ demo: venv  ## what plain PEFT loses and peftstate keeps; MODEL=... for a model 
 demo-gemma: $(GEMMA)  ## the same on a real Gemma 3 270M, a download of 250 MB
 	$(VENV)/bin/python examples/demo.py --gemma
 
-test: lint types test-wheel  ## all that a change must pass
+test: lint types docs test-wheel  ## all that a change must pass
 
 lint: venv  ## style
 	$(VENV)/bin/ruff check
@@ -49,6 +49,9 @@ lint: venv  ## style
 
 types: venv  ## static types
 	$(VENV)/bin/mypy
+
+docs: venv  ## the site of the documentation, in build/docs
+	NO_MKDOCS_2_WARNING=true $(VENV)/bin/mkdocs build --strict -f docs/site/mkdocs.yml
 
 test-wheel: $(GEMMA) $(TIMM) build  ## the tests, on the built wheel
 	$(VENV)/bin/python -m venv --clear --without-pip $(WHEEL)
@@ -93,7 +96,7 @@ constraints: venv $(VENV)/.gemma $(VENV)/.peft-suite  ## write constraints.txt a
 	mv constraints.new constraints.txt
 
 clean:  ## remove what the commands above wrote, but not the environments that take long to install
-	rm -rf dist .demo .hypothesis .mypy_cache .pytest_cache .ruff_cache $(WHEEL)
+	rm -rf build dist .demo .hypothesis .mypy_cache .pytest_cache .ruff_cache $(WHEEL)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
