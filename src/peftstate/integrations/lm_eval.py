@@ -49,6 +49,8 @@ class PeftStateLM(HFLM):
         PeftStateError: As in `PeftModel.from_pretrained`; there must be a manifest.
     """
 
+    _model: Any
+
     def __init__(
         self,
         peft: str,
