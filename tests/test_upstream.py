@@ -133,7 +133,7 @@ KNOWN_METHODS = {
     "from_pretrained": "ours",
     "get_prompt_embedding_to_save": "computes what save_pretrained writes",
     "load_adapter": "ours",
-    "push_to_hub": "calls save_pretrained",
+    "push_to_hub": "ours",
     "save_pretrained": "ours",
 }
 

@@ -8,14 +8,16 @@ own classes, which are then given ours.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
 from peft import PeftConfig, PeftMixedModel
+from transformers.utils.hub import PushToHubMixin
 
 from peftstate._arguments import (
     NOT_AN_ADAPTERS,
@@ -155,6 +157,46 @@ class PeftModel(peft.PeftModel):
             if selected_adapters is not None:
                 view = view.limited_to(selected_adapters)
             save_rank(view, Path(save_directory))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *args: Any,
+        fingerprint: str = "full",
+        tokenizer: Any = None,
+        prediction_probe: Mapping[str, torch.Tensor] | torch.Tensor | bool | None = None,
+        keep_merged_weights: bool = False,
+        sign_with: SigningKey | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Save the model as `save_pretrained` does, and upload what was saved in one commit.
+
+        Args:
+            repo_id: The id of the repo, which is made if there is none.
+            *args: As in transformers.
+            fingerprint: As in `save_pretrained`.
+            tokenizer: As in `save_pretrained`.
+            prediction_probe: As in `save_pretrained`.
+            keep_merged_weights: As in `save_pretrained`.
+            sign_with: As in `save_pretrained`. The model card, which is written later, is not
+                covered by any signature.
+            **kwargs: As in transformers.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            SaveError: As in `save_pretrained`; nothing was uploaded.
+        """
+        save_pretrained = partial(
+            self.save_pretrained,
+            fingerprint=fingerprint,
+            tokenizer=tokenizer,
+            prediction_probe=prediction_probe,
+            keep_merged_weights=keep_merged_weights,
+            sign_with=sign_with,
+        )
+        return _PushedModel(save_pretrained).push_to_hub(repo_id, *args, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -357,6 +399,13 @@ class PeftModel(peft.PeftModel):
         """
         merge: Any = self.base_model.merge_adapter  # which prompts do not have
         _merges.observe(self, lambda: merge(adapter_names, safe_merge), is_safe=safe_merge)
+
+
+class _PushedModel(PushToHubMixin):
+    """What transformers pushes in place of a model: it is saved with further arguments."""
+
+    def __init__(self, save_pretrained: Callable[..., None]) -> None:
+        self.save_pretrained = save_pretrained
 
 
 class PeftModelForCausalLM(PeftModel, peft.PeftModelForCausalLM):

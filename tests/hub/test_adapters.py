@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from peftstate.errors import (
     AdapterNotFoundError,
     IntegrityError,
     MissingManifestWarning,
+    SaveError,
     SignatureError,
 )
+from tests._tokenizers import make_tokenizer
 from tests.conftest import IDS
 from tests.hub.stub import etag_of
 
@@ -73,6 +76,37 @@ def test_push(model, hub, tmp_path):
     assert saved == files.keys()
     for name in ("adapter_model.safetensors", "extra/adapter_model.safetensors"):
         assert files[name] == (tmp_path / "saved" / name).read_bytes()
+
+
+def test_push_with_all_that_a_save_takes(load_base, hub, client):
+    """Tokenizer, probe and signature go up with the model, and hold when it comes down."""
+    key = Ed25519PrivateKey.from_private_bytes(b"k" * 32)
+    model = with_adapters(load_base("bf16"), "default")
+    model.push_to_hub(
+        REPO,
+        commit_message="With all",
+        tokenizer=make_tokenizer(),
+        prediction_probe=IDS,
+        sign_with=key,
+        fingerprint="sampled",
+    )
+    assert {*OWN, "model.sig", "tokenizer.json"} < hub.repo(REPO).files().keys()
+    loaded = PeftModel.from_pretrained(load_base("bf16"), REPO, trusted_keys=[key.public_key()])
+    assert torch.equal(logits(loaded), logits(model))
+    sections = peftstate.read_manifest(REPO).sections
+    assert {"tokenizer", "predictions"} <= sections.keys()
+    assert sections["base_model"].fingerprint == "sampled"
+
+
+def test_a_push_that_cannot_be_signed_uploads_nothing(
+    load_base, hub, client, tmp_path, monkeypatch
+):
+    """The error is the save's."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = with_adapters(load_base("bf16"), "default")
+    with pytest.raises(SaveError, match=r"^The files cannot be signed: "):
+        model.push_to_hub(REPO, sign_with=b"no key")
+    assert set(hub.repo(REPO).files()) <= {"README.md", ".gitattributes"}
 
 
 def test_push_to_a_branch(load_base, model, hub):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import peftstate
+from tests._tokenizers import make_tokenizer
 from tests.hub.test_adapters import logits, with_adapters
 
 PAGE = (Path(__file__).parents[2] / "docs" / "hub.md").read_text("utf-8")
@@ -23,15 +25,16 @@ pytestmark = [
 def test_the_page(load_base, hub, client, tmp_path, monkeypatch):
     """Its code pushes, pulls and verifies."""
     monkeypatch.chdir(tmp_path)
-    api = huggingface_hub.HfApi(endpoint=hub.endpoint)
-    monkeypatch.setattr(huggingface_hub, "upload_folder", api.upload_folder)
+    key = Ed25519PrivateKey.generate()
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    Path("key.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
     model = with_adapters(load_base("bf16"), "default")
     names = {name: getattr(peftstate, name) for name in peftstate.__all__}
-    names |= {"peftstate": peftstate, "huggingface_hub": huggingface_hub}
+    names |= {"peftstate": peftstate, "tokenizer": make_tokenizer()}
     names |= {"model": model, "base": load_base("bf16")}
-    push, upload, pull = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    for block in (push, upload, pull):
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(block, names)  # noqa: S102 - the page's own code
     assert torch.equal(logits(names["model"]), logits(model))
     assert names["report"].ok
+    assert peftstate.verify_signature("user/adapter", [key.public_key()])
     assert "predictions" in names["manifest"].sections
