@@ -117,6 +117,8 @@ def diff(section: str, saved: Json, found: Json) -> tuple[Mismatch, ...]:
 
 def _differences(section: str, path: str, saved: Json, found: Json) -> Iterator[Mismatch]:
     """Walk two values side by side."""
+    if _same(saved, found):
+        return
     if isinstance(saved, Mapping) and isinstance(found, Mapping):
         for key in sorted(saved.keys() | found.keys()):
             field = join(path, step(key))
@@ -126,7 +128,7 @@ def _differences(section: str, path: str, saved: Json, found: Json) -> Iterator[
         for name in sorted(names ^ set(found)):
             there = (PRESENT, ABSENT) if name in names else (ABSENT, PRESENT)
             yield Mismatch(section, f"{path}[{name}]", *there)
-    elif not _same(saved, found):
+    else:
         yield Mismatch(section, path, saved, found)
 
 
@@ -140,9 +142,14 @@ def _is_set_of_names(value: Json | Presence) -> bool:
     )
 
 
+_SCALARS = (str, int, float, bool, type(None))
+
+
 def _same(saved: Json | Presence, found: Json | Presence) -> bool:
     """Equality that tells `True` from `1` and `1` from `1.0`, as the manifest does."""
-    if isinstance(saved, Sequence) and not isinstance(saved, str):
+    if type(saved) in _SCALARS:
+        return type(saved) is type(found) and saved == found
+    if isinstance(saved, Sequence):
         return (
             isinstance(found, Sequence)
             and not isinstance(found, str)
@@ -151,4 +158,4 @@ def _same(saved: Json | Presence, found: Json | Presence) -> bool:
         )
     if isinstance(saved, Mapping) and isinstance(found, Mapping):
         return saved.keys() == found.keys() and all(_same(saved[key], found[key]) for key in saved)
-    return type(saved) is type(found) and bool(saved == found)
+    return saved is found  # what is not there

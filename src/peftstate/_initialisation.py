@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import attrs
+import torch
 from peft import LoraConfig
 
 from peftstate.errors import RestoreError
@@ -108,7 +109,8 @@ def is_overwritten(source: Source, base: nn.Module, names: Collection[str]) -> b
     Then it need not be made: PEFT can leave the weights out until it has the files' own
     (``low_cpu_mem_usage``). That holds for LoRA without any of its variants; what other tuners and
     the variants make beside the weights in the file is not to be had in this way. Nor does PEFT
-    find all weights of an adapter whose name is in the names of modules.
+    find all weights of an adapter whose name is in the names of modules, and of a base model on
+    several devices it knows where each weight belongs.
 
     Args:
         source: What was read.
@@ -120,6 +122,9 @@ def is_overwritten(source: Source, base: nn.Module, names: Collection[str]) -> b
         for path, _ in base.named_modules()
         for name in names
     ):
+        return False
+    devices = {tensor.device for tensor in base.parameters()}
+    if len(devices) != 1 or devices == {torch.device("meta")}:
         return False
     records = source.manifest.sections["adapters"].adapters
     extra = source.manifest.sections["extra_tensors"].adapters

@@ -22,13 +22,14 @@ from peftstate._storage import ADAPTER_CONFIG_NAME
 from peftstate.errors import RestoreError
 from peftstate.sections import extra_tensors
 from peftstate.sections._adapter_tensors import adapter_tensors, live_tensors
-from peftstate.sections._tensors import tensor_record
+from peftstate.sections._tensors import aligned, tensor_record
 
 if TYPE_CHECKING:
     from peftstate._source import AdapterFiles, Source
     from peftstate._steps import Plan
     from peftstate.manifest import Manifest
     from peftstate.sections._view import ModelView
+    from peftstate.sections._walk import TensorSite
 
 
 def set_tensors(
@@ -40,17 +41,24 @@ def set_tensors(
     that PEFT computes when it saves (a prompt's embedding), what they are computed from is set, for
     which the sidecar is read. All that comes before an adapter is merged into the base model.
     A tensor that is right already stays as it is, for it may share its memory with another one.
+
+    What PEFT left on the meta device goes to the device of the base model, which is on one only.
     """
+    device = next((tensor.device for tensor in view.base.parameters()), torch.device("cpu"))
     records = manifest.sections["adapters"].adapters
     for saved, read in files.items():
+        now = view.now()
         targets = adapter_tensors(
-            view, saved, embeddings=records[saved].embeddings_saved, names=read.tensors.keys()
+            now, saved, embeddings=records[saved].embeddings_saved, names=read.tensors.keys()
         ).saved
+        waiting = {id(site.tensor): site for site in now.tensors() if site.tensor.is_meta}
         for name, target in targets.items():
             tensor = read.tensors[name]
             if target.shape != tensor.shape:
                 continue  # the comparison afterwards names it
-            if tensor_record(target) != records[saved].tensors[name]:
+            if id(target) in waiting:
+                _put(waiting[id(target)], tensor, device)
+            elif tensor_record(target) != records[saved].tensors[name]:
                 _set(target, tensor)
     if extra_tensors.SECTION in plan.sections(view, manifest):
         extra_tensors.restore_adapters(manifest.sections["extra_tensors"], view)
@@ -66,13 +74,25 @@ def _set(target: torch.Tensor, tensor: torch.Tensor) -> None:
     target.data = torch.empty_like(target, dtype=tensor.dtype).copy_(tensor)
 
 
+def _put(site: TensorSite, tensor: torch.Tensor, device: torch.device) -> None:
+    """Put a tensor in the place of one on the meta device."""
+    data = aligned(tensor).to(device)
+    site.module._parameters[site.leaf] = nn.Parameter(data, site.tensor.requires_grad)
+
+
 @contextmanager
-def readable_by_peft(source: Source, name: str) -> Iterator[Path]:
+def readable_by_peft(source: Source, name: str, *, on_meta: bool) -> Iterator[Path]:
     """A folder from which PEFT gets an adapter as it was read and checked, and nothing else.
 
     In the adapter's own folder there may be other files by now, and PEFT writes whatever tensor of
     the base model is in a weights file into that model. So it gets a folder with the config, and
     the weights from memory. Only one load at a time may do this.
+
+    Args:
+        source: What was read.
+        name: The adapter's name in it.
+        on_meta: Whether PEFT gets the names and shapes of the weights alone: it would cast them
+            to the dtype of the base model. `set_tensors` is to follow.
 
     Raises:
         RestoreError: There is no place for a temporary folder.
@@ -80,7 +100,9 @@ def readable_by_peft(source: Source, name: str) -> Iterator[Path]:
     files = source.adapters[name]
     with temporary_folder() as folder:
         (folder / ADAPTER_CONFIG_NAME).write_bytes(dumps(files.config))
-        with _handed_over(folder / SAFETENSORS_WEIGHTS_NAME, files.tensors):
+        device = "meta" if on_meta else "cpu"
+        tensors = {key: tensor.to(device) for key, tensor in files.tensors.items()}
+        with _handed_over(folder / SAFETENSORS_WEIGHTS_NAME, tensors):
             yield folder
 
 
@@ -113,7 +135,9 @@ def _handed_over(file: Path, tensors: Mapping[str, torch.Tensor]) -> Iterator[No
     def read_or_take(name: str | os.PathLike[str], device: Any = "cpu", **options: Any) -> Any:
         if Path(name) != file:
             return read(name, device, **options)
-        return {key: tensor.to(device) for key, tensor in tensors.items()}
+        return {
+            key: tensor if tensor.is_meta else tensor.to(device) for key, tensor in tensors.items()
+        }
 
     file.touch()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,6 +65,7 @@ def load_model(
     inject: Inject,
     load: Load,
     finish: Finish[M],
+    as_saved: bool = True,
     tokenizer: Any = None,
 ) -> M:
     """Load the adapters of a folder onto a base model.
@@ -76,6 +78,7 @@ def load_model(
         inject: How PEFT loads the first adapter.
         load: How PEFT loads a further one.
         finish: What is left to do with the model.
+        as_saved: Whether PEFT is given no other config and no other names than the saved ones.
         tokenizer: The tokenizer that is to go with the model. If the load fails, it is as before.
 
     Returns:
@@ -95,13 +98,14 @@ def load_model(
         _spare_data(bare, names={*shadowed, *_names_in_base(source.adapters)})
         prepare_base(bare, manifest, plan)
         given = without_initialisation(source, plan, bare)
-        on_meta = is_overwritten(given, base, names.values())
+        on_meta = as_saved and is_overwritten(given, base, names.values())
         restores = extra_tensors.SECTION in plan.sections(bare, manifest)
         extra = manifest.sections["extra_tensors"].adapters[own] if restores else ()
-        with readable_by_peft(given, own) as folder, kept(base), without_word_of(extra, names[own]):
+        readable = partial(readable_by_peft, given, on_meta=on_meta)
+        with readable(own) as folder, kept(base), without_word_of(extra, names[own]):
             model = inject(folder, given.adapters[own].peft_config(), on_meta)
         for name in [name for name in names if name != own]:
-            with readable_by_peft(given, name) as folder, kept(base):
+            with readable(name) as folder, kept(base):
                 load(model, folder, names[name], on_meta)
         view = ModelView(
             model=model,
@@ -125,7 +129,13 @@ def load_model(
 
 
 def load_adapter(
-    model: peft.PeftModel, source: Source, *, name: str, plan: Plan, load: Load
+    model: peft.PeftModel,
+    source: Source,
+    *,
+    name: str,
+    plan: Plan,
+    load: Load,
+    as_saved: bool = True,
 ) -> Any:
     """Load one adapter into a live model, whose own state is left alone.
 
@@ -135,6 +145,7 @@ def load_adapter(
         name: The adapter's name in the model; one that exists is replaced.
         plan: Which sections are restored and compared.
         load: How PEFT loads it.
+        as_saved: As in `load_model`.
 
     Returns:
         What PEFT's `load_adapter` returns.
@@ -148,12 +159,13 @@ def load_adapter(
     manifest = for_adapters(source.manifest, {own})
     view = ModelView(model=model, adapters={own: name}, folders={own: "."})
     # The parameters of an adapter that is there stay the objects that an optimizer holds.
-    on_meta = name not in model.peft_config and is_overwritten(source, view.base, {name})
+    is_new = name not in model.peft_config
+    on_meta = as_saved and is_new and is_overwritten(source, view.base, {name})
     check_base(ModelView(model=view.base), manifest, plan)
 
     def steps() -> Any:
         _spare_data(view, names=_names_in_base(source.adapters), adapter=name)
-        readable = readable_by_peft(source, own)
+        readable = readable_by_peft(source, own, on_meta=on_meta)
         with readable as folder, harmless_state_dict(model), not_truncated_again(source, view):
             result = load(model, folder, name, on_meta)
         set_tensors(view, source.adapters, manifest, plan)

@@ -302,7 +302,7 @@ class PeftModel(peft.PeftModel):
                 names=live_names(source, adapter_name),
                 plan=plan,
                 inject=lambda path, saved, on_meta: peft_load(
-                    str(path), trainable, config or saved, on_meta=on_meta and config is None
+                    str(path), trainable, config or saved, on_meta=on_meta
                 ),
                 load=calling_peft()(
                     lambda live, path, name, on_meta: peft.PeftModel.load_adapter(
@@ -312,6 +312,7 @@ class PeftModel(peft.PeftModel):
                 finish=lambda loaded, origin: _finish(
                     attach_observed(loaded, origin, tokenizer), source, is_trainable=is_trainable
                 ),
+                as_saved=config is None and key_mapping is None,
                 tokenizer=tokenizer,
             )
 
@@ -386,7 +387,14 @@ class PeftModel(peft.PeftModel):
                 del kwargs[name]
             source = read_source(folder, ())
             plan = Plan(policy=policy, skipped=NOT_AN_ADAPTERS)
-            return load_adapter(self, source, name=adapter_name, plan=plan, load=peft_load)
+            return load_adapter(
+                self,
+                source,
+                name=adapter_name,
+                plan=plan,
+                load=peft_load,
+                as_saved=key_mapping is None,
+            )
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False

@@ -109,7 +109,7 @@ def prepare_base(view: ModelView, manifest: Manifest, plan: Plan) -> None:
     shapes = {tuple(tensor.shape) for tensor in sidecar_tensors(manifest.sections)}
     for adapter in manifest.sections["adapters"].adapters.values():
         shapes |= {tuple(tensor.shape) for tensor in adapter.tensors.values()}
-    view = attrs.evolve(view, saved_shapes=frozenset(shapes))
+    view = attrs.evolve(view.now(), saved_shapes=frozenset(shapes))
     for section in plan.sections(view, manifest):
         if section.prepare is not None:
             with _handling(section, _NOT_SET):
@@ -118,6 +118,7 @@ def prepare_base(view: ModelView, manifest: Manifest, plan: Plan) -> None:
 
 def restore_sections(view: ModelView, manifest: Manifest, plan: Plan) -> None:
     """Bring the wrapped model into the saved state."""
+    view = view.now()
     sections = plan.sections(view, manifest)
     steps = [(section, section.restore) for section in sections]
     steps += [(section, section.finish) for section in sections]

@@ -16,7 +16,7 @@ from torch import nn
 
 from peftstate.sections import _bitsandbytes
 from peftstate.sections import _bitsandbytes_forms as forms
-from peftstate.sections._bitsandbytes import LayerSettings, LayerState, canonical_tensors
+from peftstate.sections._bitsandbytes import LayerSettings, LayerState
 
 bnb: Any = bitsandbytes.nn  # it has no types
 
@@ -127,6 +127,12 @@ def in_form(layer, form, cycles=1):
 
 
 # Canonical tensors
+
+
+def canonical_tensors(module):
+    """The canonical tensors of a module, made."""
+    found = _bitsandbytes.canonical_tensors(module)
+    return None if found is None else {name: make() for name, make in found.items()}
 
 
 def test_canonical_tensors_of_4bit_are_nibbles_scales_and_shape():

@@ -44,11 +44,18 @@ def adapter_tensors(
         names: The names in the file; by default those that PEFT would write now.
     """
     adapter = view.adapters[saved]
+    sites = [site for site in view.tensors() if site.adapter == adapter]
+    by_name = {site.name: site for site in sites}
+    if names is not None and by_name.keys() >= set(names) and all(map(_is_of_lora, names)):
+        return AdapterTensors(
+            saved={name: by_name[name].tensor for name in sorted(names)},
+            computed={},
+            unsaved={name: site for name, site in by_name.items() if name not in names},
+        )
     with at_rest(view.model, adapter):
         live = live_tensors(view.model)
         written = file_tensors(view.model, adapter, embeddings=embeddings, live=live)
     in_file = {name: tensor for name, tensor in written.items() if names is None or name in names}
-    sites = [site for site in view.tensors() if site.adapter == adapter]
     identities = {id(tensor) for tensor in (*live.values(), *(site.tensor for site in sites))}
     held = {id(tensor) for tensor in in_file.values()}
     return AdapterTensors(
@@ -56,6 +63,11 @@ def adapter_tensors(
         computed={name: tensor for name, tensor in in_file.items() if id(tensor) not in identities},
         unsaved={site.name: site for site in sites if id(site.tensor) not in held},
     )
+
+
+def _is_of_lora(name: str) -> bool:
+    """Whether a name is one that the walk gives as PEFT writes it: that of a factor of LoRA."""
+    return name.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -24,7 +25,8 @@ class BaseTensor:
     """A tensor of the base model.
 
     Attributes:
-        tensor: The tensor; of a quantized weight one of those that stand for it.
+        make: Gives the tensor; of a quantized weight it is one of those that stand for it, which
+            takes work.
         owner: The parameter or the buffer that it is, or that it stands for with others.
         site: Where it hangs, if it is one that can be replaced.
         shadowed: Whether a trained copy stands in for it.
@@ -32,11 +34,21 @@ class BaseTensor:
             4-bit layer, or asking for its state dict, may have rounded its scales.
     """
 
-    tensor: torch.Tensor
+    make: Callable[[], torch.Tensor]
     owner: TensorSite
     site: TensorSite | None
     shadowed: bool
     replayed: bool
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor."""
+        return self.make()
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether its values can be read in this process; no tensor is made to find out."""
+        return self.site is None or is_readable(self.site.tensor)
 
 
 def base_tensors(view: ModelView) -> dict[str, BaseTensor]:
@@ -54,7 +66,7 @@ def base_tensors(view: ModelView) -> dict[str, BaseTensor]:
 
 def _base_tensors(view: ModelView) -> Iterator[tuple[str, BaseTensor]]:
     """The base model's tensors, a module's quantized weight among its others."""
-    canonical: dict[int, Mapping[str, torch.Tensor]] = {}
+    canonical: dict[int, Mapping[str, Callable[[], torch.Tensor]]] = {}
     for site in view.tensors():
         module = site.module
         if site.part != "base" or not site.persistent:
@@ -69,7 +81,7 @@ def _base_tensors(view: ModelView) -> Iterator[tuple[str, BaseTensor]]:
             yield (
                 name,
                 BaseTensor(
-                    tensor=tensor,
+                    make=partial(_itself, tensor),
                     owner=site,
                     site=site if tensor is site.tensor else None,
                     shadowed=site.shadowed,
@@ -90,19 +102,19 @@ def _parametrized(view: ModelView) -> Iterator[tuple[str, BaseTensor]]:
     for name, module in view.base_modules():
         if _bitsandbytes.kind_of(module) != _bitsandbytes.PARAMETRIZATION:
             continue
-        for key, tensor in (_bitsandbytes.canonical_tensors(module) or {}).items():
+        for key, make in (_bitsandbytes.canonical_tensors(module) or {}).items():
             owner = TensorSite(
                 part="base",
                 adapter=None,
                 name=f"{name}{SCALES}",
                 module=module,
                 leaf=SCALES.removeprefix("."),
-                tensor=tensor,
+                tensor=forms.quant_state(module).absmax,
                 persistent=True,
             )
             yield (
                 f"{name}{SCALES}.{key}",
-                BaseTensor(tensor=tensor, owner=owner, site=None, shadowed=False, replayed=False),
+                BaseTensor(make=make, owner=owner, site=None, shadowed=False, replayed=False),
             )
 
 
@@ -111,15 +123,15 @@ SCALES = ".quant_state"
 
 
 def _canonical(
-    site: TensorSite, tensors: Mapping[str, torch.Tensor]
+    site: TensorSite, tensors: Mapping[str, Callable[[], torch.Tensor]]
 ) -> Iterator[tuple[str, BaseTensor]]:
     """The tensors that stand for a quantized weight."""
     rounded = forms.form_of(site.module) != forms.FRESH
-    for key, tensor in tensors.items():
+    for key, make in tensors.items():
         yield (
             f"{site.name.removesuffix('weight')}{key}",
             BaseTensor(
-                tensor=tensor,
+                make=make,
                 owner=site,
                 site=None,
                 shadowed=site.shadowed,
@@ -135,6 +147,11 @@ def _plain(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
             yield from _plain(f"{name}.{inner}", getattr(tensor, inner))
     else:
         yield name, tensor
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that need not be made."""
+    return tensor
 
 
 def records(view: ModelView, tensors: Mapping[str, BaseTensor]) -> dict[str, TensorRecord]:

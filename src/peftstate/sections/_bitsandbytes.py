@@ -11,6 +11,8 @@ holds none.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -78,9 +80,16 @@ def knows_parametrizations() -> bool:
 
 def kind_of(module: nn.Module) -> str | None:
     """The class of bitsandbytes' that a module is of; `None` for any other module."""
+    cls: type = type(module)
+    return _kind_of_class(cls)
+
+
+@cache
+def _kind_of_class(cls: type) -> str | None:
+    """`kind_of` of the modules of a class; whoever made a subclass has imported bitsandbytes."""
     for kind, home in _KINDS.items():
-        cls = getattr(sys.modules.get(home), kind, None)
-        if cls is not None and isinstance(module, cls):
+        found = getattr(sys.modules.get(home), kind, None)
+        if found is not None and issubclass(cls, found):
             return kind
     return None
 
@@ -142,7 +151,7 @@ def set_compute_dtype(module: nn.Module, state: LayerState) -> None:
         layer.compute_type_is_set = state.compute_dtype_is_set
 
 
-def canonical_tensors(module: nn.Module) -> dict[str, torch.Tensor] | None:
+def canonical_tensors(module: nn.Module) -> Mapping[str, Callable[[], torch.Tensor]] | None:
     """The quantized weight of a layer, in tensors that running the layer does not change.
 
     A 4-bit layer gives its nibbles in their original order, the scales un-nested and rounded to
@@ -153,10 +162,10 @@ def canonical_tensors(module: nn.Module) -> dict[str, torch.Tensor] | None:
         module: Any module.
 
     Returns:
-        The tensors by name; `None` if the module is no layer of bitsandbytes, or one that keeps
-        its weight in 16 bit; empty if the weight cannot be read now (not yet quantized, on the
-        meta device, sharded). A bias is not among them: a forward casts it, for good, so it is
-        to be compared in the dtype that it was saved in.
+        What makes each tensor, by its name, for that takes work; `None` if the module is no layer
+        of bitsandbytes, or one that keeps its weight in 16 bit; empty if the weight cannot be read
+        now (not yet quantized, on the meta device, sharded). A bias is not among them: a forward
+        casts it, for good, so it is to be compared in the dtype that it was saved in.
     """
     kind, layer = kind_of(module), _attributes(module)
     if kind is None:
@@ -171,27 +180,33 @@ def canonical_tensors(module: nn.Module) -> dict[str, torch.Tensor] | None:
     if not is_readable(layer.weight):
         return {}
     weight = forms.weight_of(module)
-    canonical = {"": forms.original_order(weight)} | _canonical_scales(weight.state)
-    return {f"weight.{key}".removesuffix("."): tensor for key, tensor in canonical.items()}
+    nibbles = partial(forms.original_order, weight)
+    scales = {f"weight.{key}": make for key, make in _canonical_scales(weight.state).items()}
+    return {"weight": nibbles, **scales}
 
 
-def _canonical_scales(state: Any) -> dict[str, torch.Tensor]:
+def _canonical_scales(state: Any) -> dict[str, Callable[[], torch.Tensor]]:
     """The scales and the shape of a 4-bit weight."""
+    import torch
+
+    shape = partial(torch.tensor, tuple(state.shape), dtype=torch.int64)
+    return {"absmax": partial(_absmax, state), "shape": shape}
+
+
+def _absmax(state: Any) -> torch.Tensor:
+    """The scales of a 4-bit weight, un-nested and rounded to bfloat16."""
     import torch
     from bitsandbytes.functional import dequantize_blockwise
 
-    absmax = state.absmax
+    absmax: torch.Tensor = state.absmax
     if state.nested:
         absmax = dequantize_blockwise(absmax, state.state2) + state.offset
     elif forms.form_of_state(state) == forms.PACKED:
         absmax = absmax.T
-    return {
-        "absmax": absmax.reshape(-1).to(torch.bfloat16),
-        "shape": torch.tensor(tuple(state.shape), dtype=torch.int64),
-    }
+    return absmax.reshape(-1).to(torch.bfloat16)
 
 
-def _canonical_8bit(layer: Any) -> dict[str, torch.Tensor] | None:
+def _canonical_8bit(layer: Any) -> dict[str, Callable[[], torch.Tensor]] | None:
     """The weight and the scales of an 8-bit layer, wherever they are."""
     import torch
 
@@ -203,7 +218,7 @@ def _canonical_8bit(layer: Any) -> dict[str, torch.Tensor] | None:
         data, scale = layer.weight.data, getattr(layer.weight, "SCB", None)
     if data.dtype != torch.int8 or scale is None or not (is_readable(data) and is_readable(scale)):
         return {}
-    return {"weight": data, "weight.SCB": scale}
+    return {"weight": lambda: data, "weight.SCB": lambda: scale}
 
 
 def _attributes(module: nn.Module) -> Any:

@@ -19,7 +19,7 @@ from peftstate.sections._base_tensors import (
     embedding_weight,
     records,
 )
-from peftstate.sections._tensors import TensorRecord, is_readable, tensor_record
+from peftstate.sections._tensors import TensorRecord, tensor_record
 
 if TYPE_CHECKING:
     from torch import nn
@@ -152,7 +152,7 @@ def _is_same(base: BaseTensor, now: TensorRecord, before: TensorRecord) -> bool:
         return now.shape == before.shape
     if now == before:
         return True
-    if now.shape != before.shape or now.dtype == before.dtype or not is_readable(base.tensor):
+    if now.shape != before.shape or now.dtype == before.dtype or not base.is_readable:
         return False
     return tensor_record(base.tensor, before.dtype) == before
 

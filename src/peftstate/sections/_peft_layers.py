@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,16 +13,24 @@ if TYPE_CHECKING:
 
 def original_key(module: nn.Module) -> str | None:
     """The attribute under which a layer of PEFT holds the base model's module that it replaces."""
+    cls: type = type(module)
+    key = _original_key(cls)
+    return None if key == "base_layer" and key not in module._modules else key
+
+
+@cache
+def _original_key(cls: type) -> str | None:
+    """`original_key` of the modules of a class."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 
-    if isinstance(module, TrainableTokensWrapper):
+    if issubclass(cls, TrainableTokensWrapper):
         return "token_adapter"  # in which, as in any layer, there is a `base_layer`
-    if isinstance(module, AuxiliaryTrainingWrapper):
+    if issubclass(cls, AuxiliaryTrainingWrapper):
         return "original_module"
-    if isinstance(module, BaseTunerLayer) and "base_layer" in module._modules:
+    if issubclass(cls, BaseTunerLayer):
         return "base_layer"
-    if is_adapted_attention(module):
+    if issubclass(cls, _adapted_attentions()):
         return "model"
     return None
 
@@ -38,9 +47,14 @@ def original(module: nn.Module) -> nn.Module:
 
 def is_adapted_attention(module: nn.Module) -> bool:
     """Whether a module is an attention layer with PEFT's adaption prompt around it."""
+    return isinstance(module, _adapted_attentions())
+
+
+def _adapted_attentions() -> tuple[type[nn.Module], ...]:
+    """The classes of PEFT's layers around an attention layer."""
     from peft.tuners.adaption_prompt.layer import AdaptedAttention, AdaptedAttentionGPT
 
-    return isinstance(module, (AdaptedAttention, AdaptedAttentionGPT))
+    return (AdaptedAttention, AdaptedAttentionGPT)
 
 
 def replicated_layers(model: Any) -> list[int] | None:
@@ -77,7 +91,7 @@ def cached_layers(model: nn.Module) -> dict[int, list[tuple[str, str, nn.Module]
     return found
 
 
-def plain_tensors(module: nn.Module, adapter: str | None) -> Iterator[tuple[str, torch.Tensor]]:
+def plain_tensors(module: nn.Module, adapter: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that a layer keeps in plain dictionaries, by the adapter's name.
 
     So do the tuners that train a few entries of a matrix, with the indices of these, drawn from a

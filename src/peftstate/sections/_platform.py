@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import cache
 from pathlib import Path
 
 from peftstate._digest import json_digest
@@ -48,8 +49,9 @@ VARIABLES = (
 they start, so that setting them later is of no use."""
 
 
-def versions() -> dict[str, str]:
-    """The versions of what is installed of `PACKAGES`."""
+@cache
+def versions() -> Mapping[str, str]:
+    """The versions of what is installed of `PACKAGES`; to ask for them reads files."""
     found = {}
     for name in PACKAGES:
         try:

@@ -134,7 +134,7 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of a quantized weight, by their names in bitsandbytes."""
     if not forms.is_linear(module):
         found = _bitsandbytes.canonical_tensors(module) or {}
-        return {"CB": found["weight"], "SCB": found["weight.SCB"]}
+        return {"CB": found["weight"](), "SCB": found["weight.SCB"]()}
     weight = forms.weight_of(module)
     tensors = {"data": weight.data, "absmax": weight.state.absmax}
     if weight.state.nested:

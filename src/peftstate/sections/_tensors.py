@@ -145,6 +145,19 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor on the CPU, in memory where torch would have it.
+
+    A product's last bits may depend on where its factors begin, and what safetensors reads begins
+    anywhere. torch would wake all its threads for each of many small copies.
+    """
+    import torch
+
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    _raw(copy).numpy()[:] = _raw(tensor).numpy()
+    return copy
+
+
 def digest(tensor: torch.Tensor, dtype: str | None = None, *, sampled: bool = False) -> str:
     """The digest of a live tensor.
 

@@ -27,26 +27,33 @@ def keep_tokenizer(model: Any, tokenizer: Any) -> None:
 
 
 class _Walked:
-    """The modules and tensors of a model, found when they are first asked for.
+    """What is looked at of a model's modules and tensors, found when it is first asked for.
 
     Attributes:
-        base_tensors: What `_base_tensors` made of them; to make it takes the unpacking of 4-bit
-            weights.
+        base_tensors: What `_base_tensors` made of them.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, adapters: Collection[str]) -> None:
         self._model = model
+        self._wanted = {None, *adapters}
         self.base_tensors: dict[str, Any] = {}
+
+    def forget(self) -> None:
+        """Look again when it is next asked for."""
+        vars(self).pop("sites", None)
+        vars(self).pop("tensors", None)
+        self.base_tensors.clear()
 
     @cached_property
     def sites(self) -> tuple[_walk.Site, ...]:
         """The modules."""
-        return tuple(_walk.sites(self._model))
+        return tuple(site for site in _walk.sites(self._model) if site.adapter in self._wanted)
 
     @cached_property
     def tensors(self) -> tuple[_walk.TensorSite, ...]:
         """The parameters and buffers."""
-        return tuple(_walk.tensors(self._model))
+        found = _walk.tensors_of(self._model, self.sites)
+        return tuple(site for site in found if site.adapter in self._wanted)
 
 
 @attrs.frozen(kw_only=True)
@@ -92,21 +99,28 @@ class ModelView:
 
     def limited_to(self, names: Collection[str]) -> ModelView:
         """The view of some of the adapters."""
-        return attrs.evolve(
-            self,
-            adapters={name: live for name, live in self.adapters.items() if name in names},
-            folders={name: folder for name, folder in self.folders.items() if name in names},
+        return self._of_adapters(
+            {name: live for name, live in self.adapters.items() if name in names},
+            {name: folder for name, folder in self.folders.items() if name in names},
         )
 
     def only(self, adapter: str) -> ModelView:
         """The view of one adapter, as the manifest in its own folder describes it."""
-        return attrs.evolve(
-            self, adapters={adapter: self.adapters[adapter]}, folders={adapter: "."}
-        )
+        return self._of_adapters({adapter: self.adapters[adapter]}, {adapter: "."})
+
+    def _of_adapters(self, adapters: Mapping[str, str], folders: Mapping[str, str]) -> ModelView:
+        """The view of other adapters; of this moment, if this one is."""
+        walked = None if self.walked is None else _Walked(self.model, adapters.values())
+        return attrs.evolve(self, adapters=adapters, folders=folders, walked=walked)
 
     def now(self) -> ModelView:
-        """The view of this moment, which walks over the model once: it must not change."""
-        return attrs.evolve(self, walked=_Walked(self.model))
+        """The view that walks over the model once: what puts something into it calls `changed`."""
+        return attrs.evolve(self, walked=_Walked(self.model, self.adapters.values()))
+
+    def changed(self) -> None:
+        """Note that other modules or tensors were put into the model."""
+        if self.walked is not None:
+            self.walked.forget()
 
     @property
     def base(self) -> Any:
@@ -119,15 +133,11 @@ class ModelView:
 
     def sites(self) -> tuple[_walk.Site, ...]:
         """The modules, those of adapters that are not looked at left out."""
-        wanted = {None, *self.adapters.values()}
-        found = _walk.sites(self.model) if self.walked is None else self.walked.sites
-        return tuple(site for site in found if site.adapter in wanted)
+        return (self.walked or _Walked(self.model, self.adapters.values())).sites
 
     def tensors(self) -> tuple[_walk.TensorSite, ...]:
         """The parameters and buffers, those of adapters that are not looked at left out."""
-        wanted = {None, *self.adapters.values()}
-        found = _walk.tensors(self.model) if self.walked is None else self.walked.tensors
-        return tuple(site for site in found if site.adapter in wanted)
+        return (self.walked or _Walked(self.model, self.adapters.values())).tensors
 
     def base_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The base model's modules under their original names, adapters looked through."""

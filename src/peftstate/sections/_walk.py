@@ -11,7 +11,8 @@ adapter must be found again under another name. So everything belongs to one *pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import attrs
@@ -111,21 +112,24 @@ def base_of(model: Any) -> nn.Module:
     return inner
 
 
-def sites(model: nn.Module) -> Iterator[Site]:
+def sites(model: nn.Module) -> list[Site]:
     """Every module of a model, each module once in each part that it belongs to."""
     return _Walk(model).run()
 
 
-def tensors(model: nn.Module) -> Iterator[TensorSite]:
+def tensors(model: nn.Module) -> list[TensorSite]:
     """Every parameter and buffer of a model; a shared one under each of its names."""
+    return tensors_of(model, sites(model))
+
+
+def tensors_of(model: Any, sites: Iterable[Site]) -> list[TensorSite]:
+    """Every parameter and buffer of a model whose modules were found already."""
     adapters = frozenset(getattr(model, "peft_config", ())) if is_peft_model(model) else frozenset()
-    seen = set()
-    for site in sites(model):
-        for found in _tensors_of(site, adapters):
-            key = (found.part, found.adapter, found.name)
-            if key not in seen:
-                seen.add(key)
-                yield found
+    found: dict[tuple[str, str | None, str], TensorSite] = {}
+    for site in sites:
+        for tensor in _tensors_of(site, adapters):
+            found.setdefault((tensor.part, tensor.adapter, tensor.name), tensor)
+    return list(found.values())
 
 
 def _tensors_of(site: Site, adapters: frozenset[str]) -> Iterator[TensorSite]:
@@ -151,7 +155,7 @@ def _tensors_of(site: Site, adapters: frozenset[str]) -> Iterator[TensorSite]:
             merged=site.merged,
             adapted=site.adapted,
         )
-    for leaf, tensor in plain_tensors(module, site.adapter):
+    for leaf, tensor in plain_tensors(module, site.adapter) if site.adapter is not None else ():
         yield TensorSite(
             part=site.part,
             adapter=site.adapter,
@@ -170,10 +174,16 @@ def _join(name: str, child: str) -> str:
 
 def is_container(module: nn.Module) -> bool:
     """Whether a module only holds others, or tensors, by key."""
+    return isinstance(module, _containers())
+
+
+@cache
+def _containers() -> tuple[type[nn.Module], ...]:
+    """The classes of modules that only hold others."""
     from peft.tuners._buffer_dict import BufferDict
     from torch import nn
 
-    return isinstance(module, (nn.ModuleDict, nn.ParameterDict, BufferDict))
+    return (nn.ModuleDict, nn.ParameterDict, BufferDict)
 
 
 @attrs.frozen
@@ -206,13 +216,15 @@ class _Walk:
         self._cached = cached_layers(model)
         self._replicated = replicated_layers(model) if self._adapters else None
         self._seen: set[int] = set()
+        self._found: list[Site] = []
 
-    def run(self) -> Iterator[Site]:
+    def run(self) -> list[Site]:
         """All sites."""
         if self._model is self._base or not self._adapters:
-            yield from self._walk_base(self._base, "", "")
+            self._walk_base(self._base, "", "")
         else:
-            yield from self._walk_peft(self._model, "", adapter=None)
+            self._walk_peft(self._model, "", adapter=None)
+        return self._found
 
     def _first_visit(self, module: nn.Module) -> bool:
         """Whether a module was not met before."""
@@ -221,24 +233,24 @@ class _Walk:
         self._seen.add(id(module))
         return True
 
-    def _walk_base(
-        self, module: nn.Module, name: str, live: str, over: _Over = _NOTHING
-    ) -> Iterator[Site]:
+    def _walk_base(self, module: nn.Module, name: str, live: str, over: _Over = _NOTHING) -> None:
         """The base model, looking through the layers that PEFT put in."""
         if not self._first_visit(module):
             return
         original = original_key(module)
         if original is not None:
-            yield from self._walk_layer(module, name, live, original, over)
+            self._walk_layer(module, name, live, original, over)
             return
-        yield Site("base", None, name, module, **attrs.asdict(over))
+        self._found.append(
+            Site("base", None, name, module, over.shadowed, over.merged, over.adapted)
+        )
         for adapter, key, layer in self._cached.get(id(module), ()):
-            yield Site("adapter", adapter, _join(live, key), layer)
+            self._found.append(Site("adapter", adapter, _join(live, key), layer))
         numbers = self._numbers_of(module)
         for key, child in module._modules.items():
             if child is not None:
                 inner = _join(name, numbers.get(key, key))
-                yield from self._walk_base(child, inner, _join(live, key), over)
+                self._walk_base(child, inner, _join(live, key), over)
 
     def _numbers_of(self, module: nn.Module) -> dict[str, str]:
         """Of a list of replicated layers, the number that each has in the bare model."""
@@ -252,17 +264,17 @@ class _Walk:
 
     def _walk_layer(
         self, module: nn.Module, name: str, live: str, original: str, over: _Over
-    ) -> Iterator[Site]:
+    ) -> None:
         """A layer of PEFT: first the module that it replaces, then what belongs to the adapters."""
         replaced = module._modules[original]
         if replaced is not None:
-            yield from self._walk_base(replaced, name, _join(live, original), over.and_by(module))
+            self._walk_base(replaced, name, _join(live, original), over.and_by(module))
         members = [name for name in self._adapters if _holds(module, name)]
         for adapter in members or self._owners(module):
-            yield Site("adapter", adapter, live, module)
+            self._found.append(Site("adapter", adapter, live, module))
         for key, child in module._modules.items():
             if key != original and child is not None:
-                yield from self._walk_shared(child, _join(live, key), members)
+                self._walk_shared(child, _join(live, key), members)
 
     def _owners(self, module: nn.Module) -> tuple[str, ...]:
         """The adapters of a layer that holds nothing by the names of adapters."""
@@ -270,38 +282,39 @@ class _Walk:
             return tuple(self._model.active_adapters)
         return self._adapters
 
-    def _walk_shared(self, module: nn.Module, live: str, members: list[str]) -> Iterator[Site]:
+    def _walk_shared(self, module: nn.Module, live: str, members: list[str]) -> None:
         """What a layer of PEFT holds: mostly containers whose keys are adapters' names."""
         if not is_container(module):
-            yield from self._walk_peft(module, live, adapter=next(iter(members), None))
+            self._walk_peft(module, live, adapter=next(iter(members), None))
             return
         if not self._first_visit(module):
             return
         for member in members:
-            yield Site("adapter", member, live, module)
+            self._found.append(Site("adapter", member, live, module))
         if not members:
-            yield Site("model", None, live, module)
+            self._found.append(Site("model", None, live, module))
         for key, child in module._modules.items():
             if child is not None:
                 adapter = key if key in self._adapters else None
                 inner = live if adapter else _join(live, key)
-                yield from self._walk_peft(child, inner, adapter=adapter)
+                self._walk_peft(child, inner, adapter=adapter)
 
-    def _walk_peft(self, module: nn.Module, live: str, *, adapter: str | None) -> Iterator[Site]:
+    def _walk_peft(self, module: nn.Module, live: str, *, adapter: str | None) -> None:
         """What PEFT puts around or beside the base model."""
         if module is self._base or getattr(module, "_orig_mod", None) is self._base:
-            yield from self._walk_base(self._base, "", live)
+            self._walk_base(self._base, "", live)
             return
         if adapter is None and is_container(module):
-            yield from self._walk_shared(module, live, [])
+            self._walk_shared(module, live, [])
             return
         if not self._first_visit(module):
             return
-        yield Site("model" if adapter is None else "adapter", adapter, live, module)
+        part: Part = "model" if adapter is None else "adapter"
+        self._found.append(Site(part, adapter, live, module))
         children = sorted(module._modules.items(), key=lambda item: item[0] != "base_model")
         for key, child in children:
             if child is not None:
-                yield from self._walk_peft(child, _join(live, key), adapter=adapter)
+                self._walk_peft(child, _join(live, key), adapter=adapter)
 
 
 def _holds(module: nn.Module, adapter: str) -> bool:

@@ -328,6 +328,7 @@ def restore(record: AdaptersRecord, view: ModelView) -> None:
     if merged and not _merges.merged_layers(view.model):
         view.model.base_model.merge_adapter(merged, safe_merge=record.safe_merge)
         _merges.note(view.model, is_safe=record.safe_merge)
+        view.changed()
 
 
 def restore_scaling(record: AdaptersRecord, view: ModelView) -> None:

@@ -29,7 +29,7 @@ from peftstate.sections._hub_cache import cached_checkpoint
 from peftstate.sections._model_config import RESTORED_CONFIG, config_fields, restore_config
 from peftstate.sections._peft_layers import replicated_layers
 from peftstate.sections._remote_code import remote_code
-from peftstate.sections._tensors import TensorRecord, in_threads, is_readable, tensor_record
+from peftstate.sections._tensors import TensorRecord, in_threads, tensor_record
 from peftstate.sections._walk import is_peft_model
 
 if TYPE_CHECKING:
@@ -130,7 +130,10 @@ def _put_back(view: ModelView, record: BaseModelRecord) -> set[str]:
     """The names of the tensors that a load changes, and of embeddings that it resizes."""
     embeddings = [embedding_weight(view.base, "input"), embedding_weight(view.base, "output")]
     found = base_tensors(view).items()
-    resized = {name for name, base in found if any(base.tensor is item for item in embeddings)}
+    sites = {name: base.site for name, base in found if base.site is not None}
+    resized = {
+        name for name, site in sites.items() if any(site.tensor is item for item in embeddings)
+    }
     return {*record.changed, *(resized & set(record.shadowed))}
 
 
@@ -209,7 +212,7 @@ def _unreadable(
         if saved.digest is not None
         and name not in skipped
         and name in tensors
-        and not is_readable(tensors[name].tensor)
+        and not tensors[name].is_readable
     }
     if names:
         shown = sorted(names)[:_SHOWN] + (["…"] if len(names) > _SHOWN else [])
@@ -301,6 +304,7 @@ def prepare(record: BaseModelRecord, view: ModelView) -> None:
         if view.saved_shapes is not None and (rows[0], *inputs.shape[1:]) not in view.saved_shapes:
             raise ValueError(f"embeddings of {rows[0]} rows, which are in no file that was saved")
         base.resize_token_embeddings(rows[0], mean_resizing=False)
+        view.changed()
 
 
 def restore(record: BaseModelRecord, view: ModelView) -> None:

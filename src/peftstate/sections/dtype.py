@@ -6,7 +6,7 @@ a model in, and `prepare_model_for_kbit_training` casts what is not quantized to
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 import attrs
@@ -76,43 +76,52 @@ def _floating(view: ModelView) -> list[TensorSite]:
 
 def prepare(record: DtypeRecord, view: ModelView) -> None:
     """Cast the base model's tensors."""
-    for site in _floating(view):
-        if site.part == "base":
-            _cast(site, record.base[site.name])
+    _cast_all(view, lambda site: record.base[site.name] if site.part == "base" else None)
 
 
 def restore(record: DtypeRecord, view: ModelView) -> None:
     """Cast all tensors. An adapter's saved tensors are set, in their dtype, by the load."""
     prepare(record, view)
     restore_adapters(record, view)
-    for site in _floating(view):
-        if site.part == "model":
-            _cast(site, record.model[site.name])
+    _cast_all(view, lambda site: record.model[site.name] if site.part == "model" else None)
 
 
 def restore_adapters(record: DtypeRecord, view: ModelView) -> None:
     """Cast the adapters' tensors."""
-    for site in _floating(view):
-        table = record.adapters.get(view.saved_name(site.adapter or "") or "")
-        if table is not None:
-            _cast(site, table[site.name])
+    tables = {live: record.adapters.get(saved) for saved, live in view.adapters.items()}
+
+    def saved_dtype(site: TensorSite) -> str | None:
+        table = tables.get(site.adapter or "")
+        return None if table is None else table[site.name]
+
+    _cast_all(view, saved_dtype)
 
 
-def _cast(site: TensorSite, name: str | None) -> None:
+def _cast_all(view: ModelView, saved_dtype: Callable[[TensorSite], str | None]) -> None:
+    """Cast the tensors of which a name of a dtype is known."""
+    casts = [_cast(site, saved_dtype(site)) for site in _floating(view)]
+    if any(casts):
+        view.changed()
+
+
+def _cast(site: TensorSite, name: str | None) -> bool:
     """Cast one tensor, unless that could give other values than the saved tensor had.
 
     Of a tensor that checkpoints hold, the digest says whether the cast was right. One that the
     config gives (a rotary embedding's frequencies) may be narrowed, as it was before; what
     narrowing lost, widening does not bring back.
+
+    Returns:
+        Whether it was cast.
     """
     tensor = site.tensor
     if name is None or name == dtype_name(tensor.dtype):
-        return
+        return False
     dtype = dtype_named(name)
-    if not dtype.is_floating_point:
-        return
-    if site.persistent or _is_narrower(dtype, tensor.dtype):
+    is_right = site.persistent or _is_narrower(dtype, tensor.dtype)
+    if dtype.is_floating_point and is_right:
         site.replace(tensor.detach().to(dtype))
+    return dtype.is_floating_point and is_right
 
 
 def _is_narrower(dtype: torch.dtype, other: torch.dtype) -> bool:

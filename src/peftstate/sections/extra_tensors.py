@@ -20,7 +20,7 @@ from peftstate.sections._base import Section
 from peftstate.sections._base_tensors import BaseTensor, base_tensors
 from peftstate.sections._bitsandbytes_forms import form_of
 from peftstate.sections._quantized_weights import QuantizedWeight, can_keep
-from peftstate.sections._tensors import SidecarTensor, is_readable
+from peftstate.sections._tensors import SidecarTensor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,7 +90,7 @@ def capture(view: ModelView) -> ExtraTensorsRecord:
     quantized: dict[str, nn.Module] = {}
     for name in wanted:
         owner = found[name].owner
-        if not is_readable(found[name].tensor):
+        if not found[name].is_readable:
             raise ValueError(
                 f"{_CHANGED.format(name)} it is not in this process (offloaded, or a shard); save "
                 "it where it is whole"
@@ -161,7 +161,7 @@ def capture_like(view: ModelView, record: ExtraTensorsRecord) -> ExtraTensorsRec
 
     A quantized weight in another form is left to `base_model`, whose digests are the same in all.
     """
-    found = base_tensors(view)
+    found = base_tensors(view) if record.base else {}
     layers = dict(view.base_modules()) if record.quantized else {}
     return ExtraTensorsRecord(
         base={
@@ -203,6 +203,8 @@ def restore(record: ExtraTensorsRecord, view: ModelView) -> None:
         for name, module in view.base_modules():
             if name in record.quantized:
                 record.quantized[name].put_back(module)
+    if record.has_base:
+        view.changed()
     _end_initialisations(record, view)
 
 

@@ -172,6 +172,8 @@ def finish(record: QuantizationRecord, view: ModelView) -> None:
             StateMismatchWarning,
         )
     _restore_forms(record, wanted)
+    if wanted:
+        view.changed()
 
 
 def _restore_forms(record: QuantizationRecord, wanted: list[tuple[nn.Module, str]]) -> None:
