@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from peft import LoraConfig
 
 import peftstate
@@ -131,8 +132,45 @@ def test_options_are_for_loads_that_do_not_say(saved, load_base, tmp_path, wrapp
             peft.PeftModel.from_pretrained(load_base(), tmp_path / "plain")
         with pytest.raises(errors.QuantizationMismatchError):
             peft.PeftModel.from_pretrained(load_base(), saved, on_mismatch="error")
+        model = wrapped(load_base())
+        with pytest.raises(errors.ManifestNotFoundError):
+            model.load_adapter(tmp_path / "plain", "more")
     with pytest.raises(ValueError, match="there is no section 'weights'"):
         peftstate.install(on_mismatch={"weights": "warn"})
+
+
+def test_trusted_keys_are_for_loads_that_do_not_say(saved, load_base, tmp_path):
+    """Nothing but what was signed with one of them is loaded, by whatever calls."""
+    key = Ed25519PrivateKey.generate()
+    with peftstate.installed():
+        model = peft.PeftModel.from_pretrained(load_base("nf4"), saved)
+        model.save_pretrained(tmp_path / "signed", sign_with=key)
+    with peftstate.installed(trusted_keys=iter([key.public_key()])):
+        for _ in range(2):
+            model = peft.PeftModel.from_pretrained(load_base("nf4"), tmp_path / "signed")
+        with pytest.raises(errors.SignatureError, match="there is no signature"):
+            peft.PeftModel.from_pretrained(load_base("nf4"), saved)
+        with pytest.raises(errors.SignatureError, match="there is no signature"):
+            peft.AutoPeftModelForCausalLM.from_pretrained(saved)
+        with pytest.raises(errors.SignatureError, match="there is no signature"):
+            model.load_adapter(saved, "more")
+        with pytest.raises(errors.SignatureError, match="transformers would load this adapter by"):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "signed")
+    with pytest.raises(TypeError, match="takes several keys"):
+        peftstate.install(trusted_keys=key.public_key())
+
+
+def test_a_merge_is_known(load_base, wrapped, tmp_path):
+    """PEFT's own calls merge, save and load without a warning that the weights may differ."""
+    with peftstate.installed():
+        model = wrapped(load_base("bf16"))
+        model.merge_adapter()
+        model.save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(load_base("bf16"), tmp_path)
+    assert torch.equal(
+        loaded.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight,
+        model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight,
+    )
 
 
 def test_uninstall_puts_the_methods_back():

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import peft
@@ -25,10 +25,11 @@ from peftstate._arguments import hub_arguments
 from peftstate._calls import is_calling_peft
 from peftstate._folder import AdapterFolder
 from peftstate._hub import may_have
+from peftstate._keys import trusted_by_id
 from peftstate._policy import OnMismatch, Policy
 from peftstate._storage import MANIFEST_NAME
 from peftstate._warn import warn
-from peftstate.errors import UnverifiedWarning
+from peftstate.errors import SignatureError, UnverifiedWarning
 from peftstate.integrations.trainer import (
     with_best_model,
     with_rank,
@@ -39,6 +40,9 @@ from peftstate.integrations.trainer import (
 from peftstate.sections import _origin
 from peftstate.sections._view import ModelView
 
+if TYPE_CHECKING:
+    from peftstate._keys import PublicKey, TrustedKeys
+
 Method = Callable[..., Any]
 
 
@@ -48,13 +52,19 @@ class _Options:
 
     on_mismatch: OnMismatch | None = None
     require_manifest: bool = False
+    trusted_keys: tuple[PublicKey, ...] | None = None
 
 
 _options: _Options | None = None
 """The options of the installation; `None` while nothing is installed."""
 
 
-def install(*, on_mismatch: OnMismatch | None = None, require_manifest: bool = False) -> None:
+def install(
+    *,
+    on_mismatch: OnMismatch | None = None,
+    require_manifest: bool = False,
+    trusted_keys: TrustedKeys | None = None,
+) -> None:
     """Have PEFT's own classes save and load with the whole state, in this process.
 
     Models that PEFT makes from now on are attached; `save_pretrained` writes manifests;
@@ -66,13 +76,22 @@ def install(*, on_mismatch: OnMismatch | None = None, require_manifest: bool = F
     Args:
         on_mismatch: As in `PeftModel.from_pretrained`, for loads that do not say.
         require_manifest: As in `PeftModel.from_pretrained`, for loads that do not say.
+        trusted_keys: As in `PeftModel.from_pretrained`, for loads that do not say. An adapter that
+            transformers would load by itself, which looks at no signature, is refused.
 
     Raises:
-        ValueError: `on_mismatch` names an action or a section that there is not.
+        ValueError: `on_mismatch` names an action or a section that there is not, or a key cannot be
+            used.
+        TypeError: `trusted_keys` is one key, not several.
+        OSError: A key cannot be read.
+        ImportError: There are keys, and the package `cryptography` is missing.
     """
     global _options  # noqa: PLW0603 - an installation is the process's
     Policy.of(on_mismatch)
-    _options = _Options(on_mismatch=on_mismatch, require_manifest=require_manifest)
+    keys = None if trusted_keys is None else tuple(trusted_by_id(trusted_keys).values())
+    _options = _Options(
+        on_mismatch=on_mismatch, require_manifest=require_manifest, trusted_keys=keys
+    )
     for patch in _PATCHES:
         patch.put_on()
 
@@ -87,26 +106,33 @@ def uninstall() -> None:
 
 @contextmanager
 def installed(
-    *, on_mismatch: OnMismatch | None = None, require_manifest: bool = False
+    *,
+    on_mismatch: OnMismatch | None = None,
+    require_manifest: bool = False,
+    trusted_keys: TrustedKeys | None = None,
 ) -> Iterator[None]:
     """`install` for the time of a ``with`` statement; afterwards all is as it was before.
 
     Args:
         on_mismatch: As in `install`.
         require_manifest: As in `install`.
+        trusted_keys: As in `install`.
 
     Raises:
         ValueError: As in `install`.
+        TypeError: As in `install`.
+        OSError: As in `install`.
+        ImportError: As in `install`.
     """
     before = _options
-    install(on_mismatch=on_mismatch, require_manifest=require_manifest)
+    install(on_mismatch=on_mismatch, require_manifest=require_manifest, trusted_keys=trusted_keys)
     try:
         yield
     finally:
         if before is None:
             uninstall()
         else:
-            install(on_mismatch=before.on_mismatch, require_manifest=before.require_manifest)
+            install(**attrs.asdict(before, recurse=False))
 
 
 def _load_arguments(given: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +190,17 @@ def _load_adapter(original: Method) -> Method:
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _passes_on() or not _is_ours(self):
             return original(self, *args, **kwargs)
-        return _models.PeftModel.load_adapter(self, *args, **_load_arguments(kwargs))
+        return _models.PeftModel.load_adapter(self, *args, **kwargs)
+
+    return load_adapter
+
+
+def _load_adapter_of_ours(original: Method) -> Method:
+    """`load_adapter` of our class, which models have whose users never heard of it."""
+
+    @functools.wraps(original)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(self, *args, **_load_arguments(kwargs))
 
     return load_adapter
 
@@ -222,6 +258,12 @@ def _load_into_transformers(original: Method) -> Method:
     def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind_partial(self, peft_model_id, *args, **kwargs)
         hub = _hub_arguments(given.arguments)  # before transformers takes some of them out
+        if peft_model_id is not None and not _passes_on() and _load_arguments({})["trusted_keys"]:
+            raise SignatureError(
+                str(peft_model_id),
+                "transformers would load this adapter by itself, and look at no signature. Load it "
+                "with AutoPeftModelFor….from_pretrained.",
+            )
         result = original(self, peft_model_id, *args, **kwargs)
         if peft_model_id is None or _passes_on():
             return result
@@ -306,6 +348,7 @@ _PATCHES = (
     _Patch(peft.PeftModel, "save_pretrained", _save_pretrained),
     _Patch(peft.PeftModel, "from_pretrained", _from_pretrained),
     _Patch(peft.PeftModel, "load_adapter", _load_adapter),
+    _Patch(_models.PeftModel, "load_adapter", _load_adapter_of_ours),
     _Patch(peft.auto._BaseAutoPeftModel, "from_pretrained", _auto_from_pretrained),
     _Patch(PeftAdapterMixin, "load_adapter", _load_into_transformers),
     _Patch(Trainer, "__init__", with_tokenizer),

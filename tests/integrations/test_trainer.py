@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from peft import LoraConfig
 
 import peftstate
@@ -59,6 +60,25 @@ def test_checkpoints_and_final_saves_carry_manifests(load_base, logits, tmp_path
     assert peftstate.verify(trainer.model, tmp_path / "final").ok
     loaded = peftstate.PeftModel.from_pretrained(load_base("bf16"), tmp_path / "final")
     assert torch.equal(logits(loaded.eval()), logits(trainer.model.eval()))
+
+
+def test_checkpoints_are_signed_when_they_are_complete(load_base, tmp_path):
+    """With a key, all that the trainer writes into a checkpoint is covered."""
+    key = Ed25519PrivateKey.generate()
+    model = peft.get_peft_model(load_base("bf16"), LoraConfig(task_type="CAUSAL_LM"))
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments(tmp_path),
+        train_dataset=DATA,
+        processing_class=make_tokenizer(),
+        callbacks=[PeftStateCallback(sign_with=key)],
+    )
+    trainer.train()
+    for folder in ("checkpoint-1", "checkpoint-2"):
+        assert peftstate.verify_signature(tmp_path / folder, [key.public_key()])
+        assert (tmp_path / folder / "optimizer.pt").exists()
+    with pytest.raises(ValueError, match="is not a private key in PEM format"):
+        PeftStateCallback(sign_with=b"no key")
 
 
 def test_the_best_model_is_loaded_through_us(load_base, tmp_path):

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from peftstate._policy import OnMismatch
+from peftstate.cli._terminal import TrustedKeys
 
 USAGE = "[OPTIONS] {SCRIPT | -m MODULE} [ARGS]..."
 _EXTENSIONS = {"lm_eval": "peftstate.integrations.lm_eval"}
@@ -35,7 +36,7 @@ def _end_of_options(args: Sequence[str]) -> int:
     place = 0
     while place < len(args) and args[place].startswith("-"):
         name = args[place]
-        takes_value = name in ("-m", "--module", "--on-mismatch")
+        takes_value = name in ("-m", "--module", "--on-mismatch", "--trusted-key")
         place += 2 if takes_value else 1
         if name.startswith(("-m", "--module")):
             break
@@ -54,6 +55,7 @@ def run(
             help="error, warn or ignore: for all sections, or for one. May be repeated.",
         ),
     ] = None,
+    trusted_key: TrustedKeys = None,
     *,
     require_manifest: Annotated[
         bool, typer.Option("--require-manifest", help="Refuse adapters without a manifest.")
@@ -73,8 +75,8 @@ def run(
     from peftstate._install import install
 
     try:
-        install(on_mismatch=actions, require_manifest=require_manifest)
-    except ValueError as error:
+        install(on_mismatch=actions, require_manifest=require_manifest, trusted_keys=trusted_key)
+    except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     if module is None:
         sys.argv = args

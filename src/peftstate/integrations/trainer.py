@@ -7,20 +7,26 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peftstate._api import restore
 from peftstate._files import read_manifest
 from peftstate._folder import AdapterFolder
+from peftstate._keys import signing_key
 from peftstate._models import PeftModel, attach
 from peftstate._rank_files import rank_files, rank_of_name
 from peftstate._ranks import save_rank
+from peftstate._signing import sign
 from peftstate._storage import ADAPTER_CONFIG_NAME, MANIFEST_NAME
 from peftstate.sections import SECTIONS
 from peftstate.sections._view import ModelView
+
+if TYPE_CHECKING:
+    from peftstate._keys import SigningKey
 
 logger = logging.getLogger("peftstate")
 
@@ -32,7 +38,15 @@ class PeftStateCallback(TrainerCallback):
     model as soon as the trainer is built, which is after TRL has wrapped it and before anything
     else does. For the pushes, for the random generators of further ranks and for what a resumed
     training has to get back it wraps methods of `Trainer`.
+
+    Args:
+        sign_with: The private key to sign each checkpoint with when it is complete, as `sign` takes
+            it; only the main process signs. A push by the trainer comes before. What `save_model`
+            writes, and what is pushed, is for `sign` to sign.
     """
+
+    def __init__(self, *, sign_with: SigningKey | None = None) -> None:
+        self.sign_with = None if sign_with is None else signing_key(sign_with)
 
     def on_init_end(
         self,
@@ -56,6 +70,15 @@ class PeftStateCallback(TrainerCallback):
                 "its saves carry no manifest.",
                 type(model).__name__,
             )
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Sign the checkpoint, if there is a key."""
+        del control, kwargs
+        if self.sign_with is not None and state.is_world_process_zero:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            sign(Path(str(args.output_dir), folder), self.sign_with)
 
 
 def with_tokenizer(original: Callable[..., None]) -> Callable[..., None]:
