@@ -152,6 +152,8 @@ def test_steps(keys: list[str]) -> None:
         (DIGEST, "0123456789ab…"),
         (DIGEST.upper(), repr(DIGEST.upper())),
         ({"b": [1, {}], "a": ABSENT}, "{'a': absent, 'b': [1, {}]}"),
+        ({"digest": DIGEST}, "{'digest': 0123456789ab…}"),
+        ([["x" * 60] * 3], "[['" + "x" * 60 + "', '" + "x" * 52 + "…"),
         ("x" * 200, "'" + "x" * 37 + "..." + "x" * 38 + "'"),
         (list(range(100)), "[0, 1, 2, 3, 4, 5, 6, 7, ...]"),
         ([[[[1]]]], "[[[[...]]]]"),

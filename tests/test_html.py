@@ -9,6 +9,7 @@ import attrs
 
 import peftstate
 from peftstate import Mismatch, Report
+from peftstate._diff import ABSENT
 from peftstate._html import page
 
 GOLDEN = Path(__file__).parent / "golden" / "schema-1" / "nf4-kbit"
@@ -62,6 +63,13 @@ def test_a_report_in_a_notebook():
     text = checked(report._repr_html_())
     for part in ("dtype ok", "rng differs", "abababababab…", "cdcdcdcdcdcd…", "a file more"):
         assert part in " ".join(text.split())
+
+
+def test_a_section_that_only_one_has():
+    """Where a whole section is missing, the row says so."""
+    report = Report((Mismatch("tokenizer", "", {"size": 5}, ABSENT),), ("tokenizer",))
+    text = checked(report._repr_html_())
+    assert "the section {'size': 5} absent" in " ".join(text.split())
 
 
 def test_values_are_text():

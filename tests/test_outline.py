@@ -32,6 +32,12 @@ def test_long_values_are_cut():
     assert said("x" * 80) == [("field", "x" * 72 + "…")]
 
 
+def test_what_a_terminal_would_obey_is_said():
+    """A text or a name from a manifest moves no cursor, and stays in its line."""
+    assert said("a\n\x1b[31mb") == [("field", "a\\n\\x1b[31mb")]
+    assert said({"\x1b": 1}) == [("field[\\x1b]", "1")]
+
+
 def test_tensors_are_counted():
     """One tensor by its dtype, shape and digest; a mapping of them by their number."""
     tensor = {"digest": "cd" * 32, "dtype": "float32", "shape": [2, 3]}
@@ -40,10 +46,15 @@ def test_tensors_are_counted():
         ("field", "float32, scalar, digest none")
     ]
     assert said({"a": tensor, "b": tensor}) == [("field", "2 tensors")]
+    assert said({"a": tensor}) == [("field", "1 tensor")]
 
 
 def test_tables_are_their_default():
-    """A default, and how many differ from it; defaults that have fields are shown by these."""
+    """A default, and how many differ from it; defaults that have fields are shown by these.
+
+    A table without names says nothing.
+    """
+    assert said({"default": None, "exceptions": {}}) == []
     table = {"default": "bfloat16", "exceptions": {"norm": "float32"}}
     assert said(table) == [("field", "bfloat16, 1 otherwise")]
     assert said({**table, "exceptions": {}}) == [("field", "bfloat16")]

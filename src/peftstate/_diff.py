@@ -32,25 +32,32 @@ PRESENT = Presence.PRESENT
 ABSENT = Presence.ABSENT
 
 
-def _make_repr() -> reprlib.Repr:
-    """A `repr` that keeps a line short whatever the value."""
-    short = reprlib.Repr()  # takes its limits as arguments from Python 3.12 on
-    short.maxlevel, short.maxlist, short.maxdict = 3, 8, 8
-    short.maxstring = short.maxother = short.maxlong = 80
-    return short
+class _Short(reprlib.Repr):
+    """A `repr` that is short whatever the value."""
 
+    def __init__(self) -> None:
+        super().__init__()  # takes these as arguments from Python 3.12 on
+        self.maxlevel, self.maxlist, self.maxdict = 3, 8, 8
+        self.maxstring = self.maxother = self.maxlong = 80
 
-_repr = _make_repr()
+    def repr_str(self, x: str, level: int) -> str:
+        """A text; of a digest the beginning."""
+        if _DIGEST.fullmatch(x):
+            return f"{x[:_DIGEST_SHOWN]}…"
+        return super().repr_str(x, level)
+
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DIGEST_SHOWN = 12
+_LONGEST = 120
+"""Characters of a value that are shown."""
+_SHORT = _Short()
 
 
 def shown(value: Json | Presence) -> str:
-    """A value in a message: of a digest the beginning, of anything long both ends."""
-    if isinstance(value, str) and _DIGEST.fullmatch(value):
-        return f"{value[:_DIGEST_SHOWN]}…"
-    return _repr.repr(value)
+    """A value in a message: of a digest the beginning, and a line of what is long."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 @attrs.frozen

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING
 
-from peftstate._diff import Mismatch, shown
+from peftstate._diff import Mismatch, printable, shown
 from peftstate._outline import outline
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _STYLE = """
 .peftstate .wide { overflow-x: auto; }
 .peftstate table { border-collapse: collapse; margin: .25rem 0 .75rem 1rem; }
 .peftstate th, .peftstate td { text-align: left; vertical-align: top; overflow-wrap: anywhere;
-  padding: .15rem .9rem .15rem 0; }
+  min-width: 7.5em; padding: .15rem .6rem .15rem 0; }
 .peftstate th { font-weight: 400; opacity: .7; }
 .peftstate .differs { color: #b3261e; }
 .peftstate .ok { color: #1b6e3c; }
@@ -37,7 +37,8 @@ _PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
-body {{ margin: 2rem auto; padding: 0 1rem; max-width: 62rem; }}
+body {{ font-family: system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem; max-width: 62rem; }}
+h1, h2 {{ line-height: 1.25; overflow-wrap: anywhere; }}
 </style>
 </head>
 <body>
@@ -48,18 +49,19 @@ body {{ margin: 2rem auto; padding: 0 1rem; max-width: 62rem; }}
 """
 
 
-def manifest_html(manifest: Manifest) -> str:
-    """The outline of a manifest, a fold-out for each section."""
+def manifest_html(manifest: Manifest, *, is_open: bool = False) -> str:
+    """The outline of a manifest, a fold-out for each section, all of them shut or open."""
     version = escape(manifest.peftstate_version)
     parts = [f"<p>Saved by peftstate {version}, schema {manifest.schema_version}.</p>"]
     for section, lines in outline(manifest).items():
         rows = ((line.field, line.text) for line in lines)
-        parts.append(_section(section, _table(rows) if lines else "<p>nothing</p>"))
+        body = _table(rows) if lines else "<p>nothing</p>"
+        parts.append(_section(section, body, is_open=is_open))
     files = (
         (name, f"{record.size:,} bytes, sha256 {record.sha256}")
         for name, record in manifest.files.items()
     )
-    parts.append(_section("files", _table(files)))
+    parts.append(_section("files", _table(files), is_open=is_open))
     return _styled(parts)
 
 
@@ -84,7 +86,10 @@ def page(title: str, body: str) -> str:
 
 def _mismatches(mismatches: Iterable[Mismatch]) -> str:
     """The differences of a section: field, saved value, found value."""
-    rows = ((each.field, shown(each.saved), shown(each.found)) for each in mismatches)
+    rows = (
+        (printable(each.field) or "the section", shown(each.saved), shown(each.found))
+        for each in mismatches
+    )
     return _table(rows, head=("field", "saved", "found"))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from peftstate._diff import Json, join, step
+from peftstate._diff import Json, join, printable, step
 from peftstate.manifest import encode_sections
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _lines(field: str, value: Json) -> Iterator[Line]:
         return
     text = _text(value)
     if text is not None:
-        yield Line(field, text)
+        yield Line(printable(field), printable(text))
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _lines(join(field, step(key)), inner)
@@ -64,7 +64,7 @@ def _lines(field: str, value: Json) -> Iterator[Line]:
 
 def _is_empty(value: Json) -> bool:
     """Whether there is nothing to say of a value."""
-    return value is None or value in ({}, [])
+    return value is None or value in ({}, [], {"default": None, "exceptions": {}})
 
 
 def _text(value: Json) -> str | None:
@@ -90,7 +90,7 @@ def _text_of_mapping(value: Mapping[str, Json]) -> str | None:
         more = f", {len(exceptions)} otherwise" if exceptions else ""
         return f"{_text_of_scalar(default)}{more}"
     if all(isinstance(item, Mapping) and item.keys() >= _TENSOR for item in value.values()):
-        return f"{len(value)} tensors"
+        return "1 tensor" if len(value) == 1 else f"{len(value)} tensors"
     said = sum(not _is_empty(item) for item in value.values())
     return None if said <= _MOST_ENTRIES else f"{len(value)} entries"
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import peftstate
 from peftstate import _schema
 from peftstate.cli.app import app
-from peftstate.cli.diff import EFFECTS
+from peftstate.cli.diff import EFFECTS, _lines
 from peftstate.sections import SECTIONS
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "schema-1"
@@ -49,7 +49,9 @@ def test_show_writes_a_page(tmp_path):
     """With --html it is a page that needs no other file."""
     result = run("show", ADAPTER, "--html", str(tmp_path / "out.html"))
     assert result.output == f"Wrote {tmp_path / 'out.html'}.\n"
-    assert "LlamaForCausalLM" in (tmp_path / "out.html").read_text(encoding="utf-8")
+    source = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "LlamaForCausalLM" in source
+    assert "<details>" not in source, "a page shows what it has, without a click"
 
 
 def test_show_without_a_manifest(tmp_path):
@@ -68,6 +70,19 @@ def test_diff_groups_by_effect():
     assert heads[0] == "changes the predictions"
     assert heads == [effect for effect in EFFECTS if effect in heads]
     assert "base_model.model_class: saved 'LlamaForCausalLM', found" in result.output
+
+
+def test_diff_shows_a_few_of_a_kind():
+    """Of many tensors that differ a few lines, and how many more there are; JSON has all."""
+    tensors = [
+        peftstate.Mismatch("base_model", f"tensors[{name}].digest", 1, 2) for name in "abcdef"
+    ]
+    lines = list(_lines([*tensors, peftstate.Mismatch("dtype", "base.default", 1, 2)]))
+    assert lines == [
+        *map(str, tensors[:4]),
+        "… and 2 more of base_model.tensors[…].digest",
+        "dtype.base.default: saved 1, found 2",
+    ]
 
 
 def test_diff_of_the_same():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from peftstate import _files
-from peftstate._diff import Mismatch, Presence
+from peftstate._diff import Mismatch, Presence, printable
 from peftstate._html import page, report_html
 from peftstate._report import Report
 from peftstate.cli._terminal import (
@@ -38,6 +40,8 @@ EFFECTS: Mapping[str, tuple[str, ...]] = {
     "may change the last bits": ("runtime", "environment"),
 }
 """What a difference in each section does."""
+_SHOWN = 4
+"""Differences of a kind that are printed: of a large model thousands of tensors may differ."""
 
 
 def diff(
@@ -74,10 +78,21 @@ def _print(report: Report) -> None:
         found = report.of(*sections)
         if not found.ok:
             out.print(effect, style="bold cyan")
-        for mismatch in found.mismatches:
-            out.print(f"  {mismatch}", markup=False)
+        for line in _lines(found.mismatches):
+            out.print(f"  {line}", markup=False)
     if report.ok:
         out.print("The saved states are the same.")
+
+
+def _lines(mismatches: Iterable[Mismatch]) -> Iterator[str]:
+    """A line for each difference, but of many of a kind a few and the number of the others."""
+    kinds = defaultdict(list)
+    for mismatch in mismatches:
+        kinds[re.sub(r"\[[^\]]+\]", "[…]", mismatch.path)].append(mismatch)
+    for kind, alike in kinds.items():
+        yield from map(str, alike[:_SHOWN])
+        if len(alike) > _SHOWN:
+            yield f"… and {len(alike) - _SHOWN} more of {printable(kind)}"
 
 
 def _page(report: Report, first: str, second: str) -> str:

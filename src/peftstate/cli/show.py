@@ -20,7 +20,7 @@ def show(source: Source, *, html: Html = None, as_json: AsJson = False) -> None:
     with errors_end_the_program():
         manifest = read_manifest(source)
     if html is not None:
-        html.write_text(page(source, manifest_html(manifest)), encoding="utf-8")
+        html.write_text(page(source, manifest_html(manifest, is_open=True)), encoding="utf-8")
         out.print(f"Wrote {html}.", markup=False)
     elif as_json:
         print_json(json.loads(manifest.to_json()))
@@ -34,12 +34,12 @@ def _print(manifest: Manifest, source: str) -> None:
     out.print(f"{source}: saved by {version}", markup=False, style="bold")
     for section, lines in outline(manifest).items():
         out.print(f"\n{section}", style="bold cyan")
-        out.print(Padding(_table(lines), (0, 0, 0, 2)))
+        out.print(Padding(_table(lines), (0, 0, 0, 2), expand=False))
     files = Table.grid(padding=(0, 2))
     for name, record in manifest.files.items():
         files.add_row(name, f"{record.size:,} bytes", f"sha256 {record.sha256[:12]}…")
     out.print("\nfiles", style="bold cyan")
-    out.print(Padding(files, (0, 0, 0, 2)))
+    out.print(Padding(files, (0, 0, 0, 2), expand=False))
 
 
 def _table(lines: list[Line]) -> Table:
