@@ -29,6 +29,7 @@ HEAVY = {
 MAY_BE_HEAVY = {
     "_api",
     "_auto",
+    "_diagnosing",
     "_initialisation",
     "_injection",
     "_install",

@@ -19,6 +19,7 @@ _HOMES = {
     "AutoPeftModelForSeq2SeqLM": "_auto",
     "AutoPeftModelForSequenceClassification": "_auto",
     "AutoPeftModelForTokenClassification": "_auto",
+    "Diagnosis": "_diagnosis",
     "Manifest": "manifest",
     "Mismatch": "_diff",
     "PeftMixedModel": "_models",
@@ -34,6 +35,7 @@ _HOMES = {
     "attach": "_models",
     "base_model_kwargs": "_auto",
     "capture": "_api",
+    "diagnose": "_diagnosing.run",
     "diff": "_files",
     "errors": "errors",
     "get_peft_model": "_models",
@@ -76,6 +78,8 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
     )
     from peftstate._auto import base_model_kwargs as base_model_kwargs
+    from peftstate._diagnosing.run import diagnose as diagnose
+    from peftstate._diagnosis import Diagnosis as Diagnosis
     from peftstate._diff import Mismatch as Mismatch
     from peftstate._files import diff as diff
     from peftstate._files import read_manifest as read_manifest

@@ -79,7 +79,7 @@ def verify(
     """
     with LOCK:
         saved = read_source(open_for_load(source, trusted_keys=trusted_keys, **hub))
-        view, manifest = _view_of(model, saved, tokenizer)
+        view, manifest = view_of(model, saved, tokenizer)
         plan = Plan(policy=Policy.of(None))
         return compare(view, manifest, plan, lambda section: section.capture_like)
 
@@ -116,7 +116,7 @@ def restore(
     plan = Plan(policy=Policy.of(on_mismatch))
     with LOCK:
         saved = read_source(open_for_load(source, trusted_keys=trusted_keys, **hub))
-        view, manifest = _view_of(model, saved, tokenizer)
+        view, manifest = view_of(model, saved, tokenizer)
         check_base(ModelView(model=view.base, tokenizer=view.tokenizer), manifest, plan)
 
         def steps() -> Report:
@@ -137,7 +137,7 @@ def _with_tokenizer(view: ModelView, tokenizer: Any) -> ModelView:
     return view if tokenizer is None else attrs.evolve(view, tokenizer=tokenizer)
 
 
-def _view_of(model: nn.Module, saved: Source, tokenizer: Any) -> tuple[ModelView, Manifest]:
+def view_of(model: nn.Module, saved: Source, tokenizer: Any) -> tuple[ModelView, Manifest]:
     """The view of a live model that fits a manifest, and the manifest for it.
 
     The folder's own adapter may have another name in the model, if it is the only one there.

@@ -293,7 +293,7 @@ def _recorded(
     base_revision = found.pop("revision", None)
     if "torch_dtype" in kwargs:  # the old name of the same argument
         found.pop("dtype", None)
-    found |= _edits(manifest, config, base_revision, kwargs)
+    found |= edits_of_config(manifest, config, base_revision, kwargs)
     if base_revision is not None:
         config = {**config, "revision": base_revision}
     return _Recorded(config=dumps(config), commit=folder.commit, kwargs=found)
@@ -315,7 +315,7 @@ def _read_config(folder: AdapterFolder) -> tuple[Manifest, dict[str, Json]]:
     return manifest, config
 
 
-def _edits(
+def edits_of_config(
     manifest: Manifest, adapter: Mapping[str, Any], revision: str | None, kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What to hand to the base model's `from_pretrained` so that its config is the saved one."""

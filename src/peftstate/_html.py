@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING
 
+from peftstate._diagnosis import figures
 from peftstate._diff import Mismatch, printable, shown
 from peftstate._outline import outline
 
 if TYPE_CHECKING:
+    from peftstate._diagnosis import Diagnosis
     from peftstate._report import Report
     from peftstate.manifest import Manifest
 
@@ -76,6 +78,22 @@ def report_html(report: Report) -> str:
         else:
             parts.append(f"<div>{escape(section)} <span class='ok'>ok</span></div>")
     parts += [f"<p>Note: {escape(note)}</p>" for note in report.notes]
+    return _styled(parts)
+
+
+def diagnosis_html(diagnosis: Diagnosis) -> str:
+    """A diagnosis: the verdict, a row for each cause, and what to do about it."""
+    head = ("", "section", "saved", "found", "max |Δ logits|", "KL (nats)", "top-1", "what to do")
+    named = [(cause, cause.effect, cause.remedy) for cause in diagnosis.causes]
+    rows = [
+        (cause.name, cause.section, cause.saved, cause.found, *figures(effect), remedy)
+        for cause, effect, remedy in named
+    ]
+    rows.append(("all together", "", "", "", *figures(diagnosis.total), ""))
+    parts = [f"<p>{escape(diagnosis.verdict)}</p>", _table(rows, head=head)]
+    others = ((cause.name, cause.note) for cause in diagnosis.unmeasured)
+    if diagnosis.unmeasured:
+        parts.append(_section("differs too", _table(others)))
     return _styled(parts)
 
 

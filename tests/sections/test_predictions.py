@@ -324,7 +324,7 @@ def test_a_coarser_precision_of_products_widens_the_tolerance(model):
 )
 def test_what_is_no_number_counts_where_it_is_new(saved, found, difference):
     """Masked logits and those that are not a number agree with themselves only."""
-    assert predictions._difference(torch.tensor(saved), torch.tensor(found)) == difference
+    assert predictions.difference(torch.tensor(saved), torch.tensor(found)) == difference
 
 
 def test_another_shape_or_dtype_is_told(model, load_base, with_lora):

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import typer
 
-from peftstate.cli import base_args, diff, probe, run, schema, show, sign, verify, vllm_args
+from peftstate.cli import (
+    base_args,
+    diagnose,
+    diff,
+    probe,
+    run,
+    schema,
+    show,
+    sign,
+    verify,
+    vllm_args,
+)
 
 app = typer.Typer(
     name="peftstate",
@@ -16,6 +27,7 @@ app = typer.Typer(
 app.command()(show.show)
 app.command()(verify.verify)
 app.command()(diff.diff)
+app.command()(diagnose.diagnose)
 app.command(cls=run.RunCommand, options_metavar=run.USAGE)(run.run)
 app.command()(sign.sign)
 app.command()(base_args.base_args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -84,11 +84,19 @@ def device_kinds(model: nn.Module) -> set[str]:
     return {parameter.device.type for parameter in model.parameters()} - {"meta"}
 
 
-def predict(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def predict(
+    model: Any, inputs: Mapping[str, torch.Tensor], change: Callable[[Any], object] | None = None
+) -> torch.Tensor:
     """Run a model in eval mode and leave it, and all generators, as they were.
 
     `forward` is that of the class: what accelerate wraps around it on the model itself is taken
     for what it is, a part of the trainer.
+
+    Args:
+        model: The model.
+        inputs: What its `forward` takes.
+        change: What is done to it after it was put in eval mode, and undone after it ran, as far
+            as nothing is written into a tensor.
 
     Returns:
         The logits, on the CPU.
@@ -99,6 +107,8 @@ def predict(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     device = next(devices, torch.device("cpu"))
     with _left_alone(model), torch.no_grad():
         model.eval()
+        if change is not None:
+            change(model)
         output = type(model).forward(
             model, **{name: tensor.to(device) for name, tensor in inputs.items()}
         )

@@ -97,27 +97,24 @@ def capture(view: ModelView) -> PredictionsRecord:
 
 def capture_like(view: ModelView, record: PredictionsRecord) -> PredictionsRecord:
     """Run the model on the saved inputs, and measure how far off it is."""
-    import torch
-
     saved, found = record.logits.load(), predict(view.model, inputs_of(record) or {})
     if found.dtype != saved.dtype or found.shape != saved.shape:
         return attrs.evolve(record, logits=SidecarTensor.of(record.logits.tensor, found))
-    difference = _difference(saved, found)
+    largest = difference(saved, found)
     allowed = 0.0
     if record.environment != _platform.key(device_kinds(view.model)):
         allowed = max(record.tolerance, _tolerance(view, saved))
-    if difference <= allowed:
+    if largest <= allowed:
         return record
-    same = torch.eq(saved.argmax(-1), found.argmax(-1)) if saved.dim() else torch.tensor([False])
     return attrs.evolve(
         record,
-        max_difference=difference,
-        kl_divergence=_divergence(saved, found),
-        top1_agreement=float(same.double().mean()),
+        max_difference=largest,
+        kl_divergence=divergence(saved, found),
+        top1_agreement=agreement(saved, found),
     )
 
 
-def _difference(saved: torch.Tensor, found: torch.Tensor) -> float:
+def difference(saved: torch.Tensor, found: torch.Tensor) -> float:
     """The largest difference; infinite where only one is infinite or not a number."""
     import torch
 
@@ -126,7 +123,7 @@ def _difference(saved: torch.Tensor, found: torch.Tensor) -> float:
     return float(off.nan_to_num(nan=math.inf, posinf=math.inf).max()) if off.numel() else 0.0
 
 
-def _divergence(saved: torch.Tensor, found: torch.Tensor) -> float:
+def divergence(saved: torch.Tensor, found: torch.Tensor) -> float:
     """The mean Kullback-Leibler divergence over the last dimension; infinite if it is no number."""
     import torch
 
@@ -136,6 +133,14 @@ def _divergence(saved: torch.Tensor, found: torch.Tensor) -> float:
     terms = (before.exp() * (before - now)).masked_fill(before == -math.inf, 0.0)
     mean = float(terms.sum(-1).mean())
     return math.inf if math.isnan(mean) else max(mean, 0.0)
+
+
+def agreement(saved: torch.Tensor, found: torch.Tensor) -> float:
+    """The fraction of positions where the most likely is the same."""
+    import torch
+
+    same = torch.eq(saved.argmax(-1), found.argmax(-1)) if saved.dim() else torch.tensor([False])
+    return float(same.double().mean())
 
 
 def _tolerance(view: ModelView, logits: torch.Tensor) -> float:
