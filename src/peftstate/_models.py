@@ -8,7 +8,7 @@ own classes, which are then given ours.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import peft
 import torch
 from peft import PeftConfig, PeftMixedModel
-from transformers.utils.hub import PushToHubMixin
 
 from peftstate._arguments import (
     NOT_AN_ADAPTERS,
@@ -32,6 +31,7 @@ from peftstate._arguments import (
 from peftstate._calls import calling_peft
 from peftstate._loading import load_adapter, load_model
 from peftstate._policy import OnMismatch, Policy
+from peftstate._pushing import PushedModel, with_parameters_of_push
 from peftstate._ranks import save_rank
 from peftstate._reproducible import keep_process
 from peftstate._saving import save
@@ -158,6 +158,7 @@ class PeftModel(peft.PeftModel):
                 view = view.limited_to(selected_adapters)
             save_rank(view, Path(save_directory))
 
+    @with_parameters_of_push
     def push_to_hub(
         self,
         repo_id: str,
@@ -196,7 +197,7 @@ class PeftModel(peft.PeftModel):
             keep_merged_weights=keep_merged_weights,
             sign_with=sign_with,
         )
-        return _PushedModel(save_pretrained).push_to_hub(repo_id, *args, **kwargs)
+        return PushedModel(save_pretrained).push_to_hub(repo_id, *args, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -407,13 +408,6 @@ class PeftModel(peft.PeftModel):
         """
         merge: Any = self.base_model.merge_adapter  # which prompts do not have
         _merges.observe(self, lambda: merge(adapter_names, safe_merge), is_safe=safe_merge)
-
-
-class _PushedModel(PushToHubMixin):
-    """What transformers pushes in place of a model: it is saved with further arguments."""
-
-    def __init__(self, save_pretrained: Callable[..., None]) -> None:
-        self.save_pretrained = save_pretrained
 
 
 class PeftModelForCausalLM(PeftModel, peft.PeftModelForCausalLM):

@@ -192,7 +192,11 @@ def _capture(view: ModelView, record: AdaptersRecord | None) -> AdaptersRecord:
 
 
 def applied_as_in(view: ModelView, record: AdaptersRecord) -> AdaptersRecord:
-    """A record, with the model's word on which adapters are active, applied and merged."""
+    """A record, with the model's word on which adapters are active, applied and merged.
+
+    How an adapter's weights began is the model's word, too: PEFT leaves the config of one that is
+    there already, and it says which base model the model has.
+    """
     active = tuple(getattr(view.model, "active_adapters", ()))
     layers = [
         [saved for name in merged if (saved := view.saved_name(name))]
@@ -200,6 +204,10 @@ def applied_as_in(view: ModelView, record: AdaptersRecord) -> AdaptersRecord:
     ]
     return attrs.evolve(
         record,
+        adapters={
+            saved: attrs.evolve(adapter, config={**adapter.config, **_beginning(view, saved)})
+            for saved, adapter in record.adapters.items()
+        },
         active=tuple(saved for live in active if (saved := view.saved_name(live)))
         if active
         else None,
@@ -207,6 +215,12 @@ def applied_as_in(view: ModelView, record: AdaptersRecord) -> AdaptersRecord:
         merged=_merges.order_of(layers, record.merged),
         safe_merge=_merges.is_safe(view.model),
     )
+
+
+def _beginning(view: ModelView, saved: str) -> dict[str, Json]:
+    """How the weights of LoRA began, by the config in the model."""
+    config = config_fields(view.model.peft_config[view.adapters[saved]])
+    return {key: config[key] for key in ("init_lora_weights",) if key in config}
 
 
 def _describe(view: ModelView, saved: str, like: AdapterRecord | None) -> AdapterRecord:
