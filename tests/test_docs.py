@@ -11,6 +11,7 @@ import inspect
 import io
 import json
 import re
+import runpy
 import shlex
 import shutil
 import textwrap
@@ -385,6 +386,15 @@ def test_every_public_name_is_in_the_reference():
     reference = "".join(text for page, text in PAGES.items() if page.startswith("docs/api/"))
     named = set(re.findall(r"(?:^::: |`)peftstate\.(\w+)\b", reference, re.MULTILINE))
     assert set(peftstate.__all__) <= named
+
+
+def test_every_command_is_on_its_page():
+    """Commands and options are on the page as the program's own help has them.
+
+    If not, run ``python docs/commands.py``.
+    """
+    page = PAGES["docs/cli.md"]
+    assert runpy.run_path(str(ROOT / "docs" / "commands.py"))["with_commands"](page) == page
 
 
 def test_every_error_is_explained():
