@@ -19,7 +19,9 @@ _HOMES = {
     "AutoPeftModelForSeq2SeqLM": "_auto",
     "AutoPeftModelForSequenceClassification": "_auto",
     "AutoPeftModelForTokenClassification": "_auto",
+    "Cause": "_diagnosis",
     "Diagnosis": "_diagnosis",
+    "Effect": "_diagnosis",
     "Manifest": "manifest",
     "Mismatch": "_diff",
     "PeftMixedModel": "_models",
@@ -79,7 +81,9 @@ if TYPE_CHECKING:
     )
     from peftstate._auto import base_model_kwargs as base_model_kwargs
     from peftstate._diagnosing.run import diagnose as diagnose
+    from peftstate._diagnosis import Cause as Cause
     from peftstate._diagnosis import Diagnosis as Diagnosis
+    from peftstate._diagnosis import Effect as Effect
     from peftstate._diff import Mismatch as Mismatch
     from peftstate._files import diff as diff
     from peftstate._files import read_manifest as read_manifest

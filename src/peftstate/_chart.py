@@ -91,7 +91,7 @@ def _scale(axes: Any, values: list[float]) -> None:
         axes.set_xscale("log")
         axes.set_xlim(low, low * (largest / low) ** 1.6)
     else:
-        axes.set_xlim(0.0, 1.5 * largest)
+        axes.set_xlim(0.0, 1.65 * largest)
 
 
 def _label(cause: Cause) -> str:

@@ -136,7 +136,8 @@ class Measurement:
         try:
             found = effect(self.exact_logits, self._run(difference.give))
         except _NOT_RUNNING as error:
-            note = f"the model does not run with it alone ({type(error).__name__}: {error})"
+            reason = next(iter(str(error).splitlines()), "")
+            note = f"the model does not run with it alone ({type(error).__name__}: {reason})"
         else:
             note = "" if found else "alone it gives logits of another shape"
         return Cause(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -58,13 +59,15 @@ def diagnose(
         from peftstate._diagnosing.run import diagnose as measure
 
         try:
-            found = measure(
-                source,
-                base=base,
-                as_plain_peft=as_plain_peft,
-                prediction_probe=prompt,
-                trusted_keys=trusted_key,
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of what libraries will rename
+                found = measure(
+                    source,
+                    base=base,
+                    as_plain_peft=as_plain_peft,
+                    prediction_probe=prompt,
+                    trusted_keys=trusted_key,
+                )
             if plot is not None:
                 found.plot(plot)
         except PeftStateError:
