@@ -1,4 +1,4 @@
-"""What README and docs show is what happens: each block of code is run, or held to what there is.
+"""What README and pages show is what happens: their code is run.
 
 CONTRIBUTING.md says for authors of pages which names a block may use, and what is done with it.
 """
@@ -7,24 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import io
 import json
 import re
-import runpy
 import shlex
 import shutil
-import textwrap
-import tomllib
 from pathlib import Path
 from typing import Any
 
-import attrs
 import peft
 import pytest
 import torch
 import transformers
-import typer
 from _tiny import tiny_checkpoint
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -33,16 +27,12 @@ from typer.testing import CliRunner
 import peftstate
 from peftstate import errors
 from peftstate.cli.app import app
+from tests.docs._pages import PAGES, blocks_of, with_blocks
 
-ROOT = Path(__file__).parents[1]
-PAGES = {
-    page.relative_to(ROOT).as_posix(): page.read_text("utf-8")
-    for page in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-}
 LANGUAGES = {"console", "json", "python", "sh", "text"}
 RUN_ELSEWHERE = {
     "docs/hub.md",  # tests/hub/test_docs.py, with a Hub
-    "docs/sections.md",  # tests/test_sections_page.py, in a copy of the repository
+    "docs/sections.md",  # tests/docs/test_sections.py, in a copy of the repository
 }
 FRESH = {"base", "fresh_base"}
 """Names that stand for another model each time that they are used."""
@@ -52,38 +42,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of what other libraries will rename
     pytest.mark.filterwarnings("ignore:Could not find a config file in org/base:UserWarning"),
 ]
-
-
-@attrs.frozen
-class Block:
-    """A block of code.
-
-    Attributes:
-        language: What its fence says that it is in.
-        code: What is in it.
-        follows: Whether nothing but an empty line is between it and the block above.
-    """
-
-    language: str
-    code: str
-    follows: bool
-
-
-def blocks_of(page):
-    """The blocks of a page, in order."""
-    found = []
-    end = None
-    for match in re.finditer(r"^( *)```(.*)\n((?:.*\n)*?)\1```$", PAGES[page], re.MULTILINE):
-        follows = end is not None and not PAGES[page][end : match.start()].strip()
-        language = match[2].partition(" ")[0]
-        found.append(Block(language, textwrap.dedent(match[3]), follows))
-        end = match.end()
-    return found
-
-
-def with_blocks(*languages):
-    """The pages that have blocks in one of these languages."""
-    return [page for page in PAGES if any(b.language in languages for b in blocks_of(page))]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -282,127 +240,3 @@ PREPARED = {
     "docs/vllm.md": {"vllm-args": _poet},
 }
 """By page, what is done before a block that contains a text."""
-
-
-# Commands
-
-MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
-EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"][
-    "optional-dependencies"
-]
-OTHERS = {
-    *("accelerate", "cd", "git", "hf", "lm_eval", "mkdocs", "model_signing", "openssl"),
-    *("pytest", "ruff", "sha256sum", "torchrun", "vllm"),
-}
-"""Programs that are not ours, and whose options are theirs."""
-
-
-def commands_of(page):
-    """The commands of a page, as lists of words."""
-    for block in blocks_of(page):
-        lines = block.code.replace("\\\n", " ").splitlines()
-        if block.language == "console":
-            lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-        elif block.language != "sh":
-            continue
-        for line in lines:
-            words = shlex.split(line, comments=True)
-            words = [
-                word for place, word in enumerate(words) if "=" not in word or any(words[:place])
-            ]
-            if words:
-                yield words
-
-
-@pytest.mark.parametrize("page", with_blocks("sh", "console"))
-def test_the_commands_exist(page):
-    """Each command, and each of its options, is one that there is."""
-    for program, *arguments in commands_of(page):
-        if program == "peftstate":
-            _check_ours(arguments)
-        elif program == "make":
-            targets = [word for word in arguments if "=" not in word]
-            assert set(targets) <= set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
-        elif program == "python":
-            _check_python(arguments)
-        elif program == "pip":
-            wanted = re.findall(r"peftstate\[(.*?)\]", " ".join(arguments))
-            assert set(wanted) <= EXTRAS.keys()
-        else:
-            assert program in OTHERS, f"{page}: how is {program} to be checked?"
-            if "peftstate" in arguments:
-                _check_ours(arguments[arguments.index("peftstate") + 1 :])
-
-
-def _check_ours(arguments):
-    """Have our own parser take the arguments of the program."""
-    name, *rest = arguments
-    typer.main.get_command(app).commands[name].make_context(name, rest)
-
-
-def _check_python(arguments):
-    """A script or a module of this repository, or of the package's, is there."""
-    if arguments[0] == "-m":
-        place = arguments[1].replace(".", "/")
-        found = [root / name for root in (ROOT, ROOT / "src") for name in (place, f"{place}.py")]
-        assert any(path.exists() for path in found), arguments[1]
-        if arguments[1] == "peftstate":
-            _check_ours(arguments[2:])
-    else:
-        assert (ROOT / arguments[0]).exists(), arguments[0]
-
-
-# Links
-
-LINK = re.compile(r"\]\(([^)\s]+)\)")
-
-
-def _anchors(page):
-    """The anchors of a page's headings."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
-    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    return slugs | set(re.findall(r"^::: (\S+)$", page.read_text("utf-8"), re.MULTILINE))
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
-    """A link to a file of the repository, or to a heading in one, finds it."""
-    text = re.sub(r"^( *)```.*?^\1```$", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
-    for link in LINK.findall(text):
-        if re.match(r"https?://|mailto:", link):
-            continue
-        path, _, anchor = link.partition("#")
-        target = ROOT / page if not path else (ROOT / page).parent / path
-        assert target.exists(), link
-        if anchor:
-            assert anchor in _anchors(target), link
-
-
-# Completeness
-
-
-def test_every_public_name_is_in_the_reference():
-    """The pages of the API name each of `peftstate.__all__`."""
-    reference = "".join(text for page, text in PAGES.items() if page.startswith("docs/api/"))
-    named = set(re.findall(r"(?:^::: |`)peftstate\.(\w+)\b", reference, re.MULTILINE))
-    assert set(peftstate.__all__) <= named
-
-
-def test_every_command_is_on_its_page():
-    """Commands and options are on the page as the program's own help has them.
-
-    If not, run ``python docs/commands.py``.
-    """
-    page = PAGES["docs/cli.md"]
-    assert runpy.run_path(str(ROOT / "docs" / "commands.py"))["with_commands"](page) == page
-
-
-def test_every_error_is_explained():
-    """The page of errors has a heading for each class of `peftstate.errors`."""
-    classes = {
-        name
-        for name, value in inspect.getmembers(errors, inspect.isclass)
-        if issubclass(value, (errors.PeftStateError, errors.PeftStateWarning))
-    }
-    headings = set(re.findall(r"^#+ `(\w+)`$", PAGES["docs/errors.md"], re.MULTILINE))
-    assert headings == classes

@@ -8,11 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.docs._pages import ROOT
 
 pytest.importorskip("mkdocs", reason="the oldest environment builds no site")
 

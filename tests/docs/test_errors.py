@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 from pathlib import Path
 
 import peft
 import pytest
+import transformers
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -16,8 +18,9 @@ import peftstate
 from peftstate import Mismatch, Report, errors
 from peftstate._vllm_args import engine_arguments
 from peftstate.sections import SECTIONS
+from tests.docs._pages import PAGES
 
-PAGE = (Path(__file__).parents[1] / "docs" / "errors.md").read_text("utf-8")
+PAGE = PAGES["docs/errors.md"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::peftstate.errors.TrainModeWarning")
 
@@ -98,8 +101,9 @@ def _not_alone(load_base):
     model.load_adapter("pissa", "pissa")
 
 
-def _other_shape(load_base):
-    base = load_base(hidden_size=128, ignore_mismatched_sizes=True)
+def _other_architecture(load_base):
+    config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
+    base = transformers.AutoModelForCausalLM.from_config(config)
     peftstate.PeftModel.from_pretrained(base, "adapter", on_mismatch={"base_model": "ignore"})
 
 
@@ -114,7 +118,7 @@ PROVOKED = {
     "ServerError": _no_server,
     "SaveError": _no_key,
     "RestoreError": _not_alone,
-    "AdapterLoadError": _other_shape,
+    "AdapterLoadError": _other_architecture,
 }
 """By the class of the error, what raises it."""
 
@@ -161,3 +165,14 @@ def test_what_an_engine_says():
     report = Report((Mismatch("dtype", "base.default", "bfloat16", "float32"),), ("dtype",))
     error = errors.EngineMismatchError("adapters/poet", report)
     assert shown("EngineMismatchError") == str(error)
+
+
+def test_every_error_is_explained():
+    """The page of errors has a heading for each class of `peftstate.errors`."""
+    classes = {
+        name
+        for name, value in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(value, (errors.PeftStateError, errors.PeftStateWarning))
+    }
+    headings = set(re.findall(r"^#+ `(\w+)`$", PAGE, re.MULTILINE))
+    assert headings == classes
