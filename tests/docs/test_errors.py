@@ -16,11 +16,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import peftstate
 from peftstate import Mismatch, Report, errors
+from peftstate._diff import steps
 from peftstate._vllm_args import engine_arguments
 from peftstate.sections import SECTIONS
-from tests.docs._pages import PAGES
+from tests.docs._pages import PAGES, ROOT
 
 PAGE = PAGES["docs/errors.md"]
+GOLDEN = ROOT / "tests" / "golden"
 
 pytestmark = pytest.mark.filterwarnings("ignore::peftstate.errors.TrainModeWarning")
 
@@ -149,15 +151,29 @@ MISMATCHES = {
 def test_what_a_mismatch_looks_like(name):
     """The text on the page is what a report with that difference raises, of a field there is."""
     section = MISMATCHES[name]
-    line = re.search(
-        rf"^  {section.name}\.(.*): saved (.*), found (.*)$", shown(name), re.MULTILINE
-    )
-    field, saved, found = line.groups()
-    assert re.split(r"[.\[]", field)[0] in section.record.__annotations__
-    values = [ast.literal_eval(text) for text in (saved, found)]
+    line = rf"^  {section.name}\.(.*): saved (.*), found (.*)$"
+    field, *values = re.search(line, shown(name), re.MULTILINE).groups()
+    saved, found = map(_value, values)
+    assert type(saved) in {type(value) for value in _recorded(section.name, steps(field))}
     with pytest.raises(section.error) as caught:
-        Report((Mismatch(section.name, field, *values),), (section.name,)).raise_for_mismatch()
+        Report((Mismatch(section.name, field, saved, found),), (section.name,)).raise_for_mismatch()
     assert shown(name) == str(caught.value)
+
+
+def _value(text):
+    """What was printed; of a digest only its beginning was."""
+    if re.fullmatch("[0-9a-f]{12}…", text):
+        return text.removesuffix("…").ljust(64, "0")
+    return ast.literal_eval(text)
+
+
+def _recorded(section, path):
+    """What the golden manifests have at a place."""
+    for manifest in GOLDEN.rglob("peftstate.json"):
+        value = json.loads(manifest.read_bytes())["sections"].get(section)
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        yield value
 
 
 def test_what_an_engine_says():
