@@ -38,7 +38,7 @@ def _lines() -> Iterator[str]:
 def _name(parameter: Any) -> str:
     """An argument as it is written on a command line."""
     if parameter.param_type_name == "argument":
-        return f"`{parameter.metavar}`"
+        return f"`{parameter.metavar}{'...' if parameter.nargs == -1 else ''}`"
     value = "" if parameter.is_flag else f" {parameter.metavar or parameter.name.upper()}"
     return ", ".join(f"`{option}{value}`" for option in parameter.opts)
 

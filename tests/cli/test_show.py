@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -148,6 +151,28 @@ def folders(tmp_path):
     (tmp_path / "c" / "plain" / "adapter_config.json").write_text("{}")
     (tmp_path / "c" / "no-adapter").mkdir()
     return tmp_path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo terminals")
+def test_verify_in_a_terminal(folders):
+    """The bar that shows the progress, and what is printed, do not share a line."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "peftstate", "verify", "--recursive", str(folders)]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment):
+        os.close(theirs)
+        printed = b""
+        with contextlib.suppress(OSError):  # which stands for the end
+            while data := os.read(ours, 1000):
+                printed += data
+    os.close(ours)
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9?;]*[a-zA-Z]", "", printed.decode()))
+    assert any(line.startswith("Verifying ") for line in lines)
+    assert [line for line in lines if "good" in line] == [
+        f"ok           {folders / 'a' / name}" for name in ("good", "good/ref")
+    ]
 
 
 def test_verify_all_below(folders):

@@ -15,7 +15,7 @@ from peftstate.errors import PeftStateError
 
 
 def sign(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Adapters' folders.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="Adapters' folders.")],
     key: Annotated[Path, typer.Option(metavar="PEM", help="The private key.")],
 ) -> None:
     """Sign the files of adapters, so that who has the public key can tell them from others.

@@ -32,7 +32,7 @@ _SHOWN = 5
 """Differences of one adapter that are printed."""
 
 Sources: TypeAlias = Annotated[
-    list[str], typer.Argument(metavar="PATH_OR_REPO...", help="Adapters' folders, or repos.")
+    list[str], typer.Argument(metavar="PATH_OR_REPO", help="Adapters' folders, or repos.")
 ]
 
 
@@ -97,8 +97,9 @@ def verify(
     verdicts = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results: Iterable[_Verdict] = pool.map(lambda source: _verdict(source, trusted_key), found)
-        if len(found) > 1 and err.is_terminal:
-            results = track(results, "Verifying", total=len(found), console=err, transient=True)
+        bar = out if out.is_terminal else err  # what is printed meanwhile goes above it
+        if len(found) > 1 and bar.is_terminal:
+            results = track(results, "Verifying", total=len(found), console=bar, transient=True)
         for verdict in results:
             verdicts.append(verdict)
             if not as_json:
