@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import attrs
 import peft
@@ -71,6 +72,8 @@ def at_line(
 ) -> None:
     """Do some work, and something else before its n-th line of PEFT or peftstate.
 
+    How threads share their work is left to chance, so there is one only.
+
     Args:
         line: The number of the line, from 0 on.
         action: What is done there.
@@ -92,7 +95,8 @@ def at_line(
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        work()
+        with mock.patch("os.cpu_count", return_value=1):
+            work()
     finally:
         sys.settrace(before)
 

@@ -35,6 +35,7 @@ MAY_BE_HEAVY = {
     "_install",
     "_loading",
     "_models",
+    "_placeholders",
     "_pushing",
     "_ranks",
     "_reproducible",

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import attrs
-import torch
-from peft import LoraConfig
 
 from peftstate.errors import RestoreError
 from peftstate.sections import _origin, extra_tensors
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from peftstate._diff import Json
     from peftstate._source import AdapterFiles, Source
     from peftstate._steps import Plan
@@ -101,80 +97,3 @@ def put_back_initialisation(view: ModelView, files: Mapping[str, AdapterFiles]) 
         if _plainly(read) is not read:
             for key in _PLAINLY.keys() & read.config.keys():
                 setattr(config, key, read.config[key])
-
-
-def is_overwritten(source: Source, base: nn.Module, names: Collection[str]) -> bool:
-    """Whether all that PEFT would draw or compute for the adapters is in their files.
-
-    Then it need not be made: PEFT can leave the weights out until it has the files' own
-    (``low_cpu_mem_usage``). That holds for LoRA without any of its variants; what other tuners and
-    the variants make beside the weights in the file is not to be had in this way. Nor does PEFT
-    find all weights of an adapter whose name is in the names of modules, and of a base model on
-    several devices it knows where each weight belongs.
-
-    Args:
-        source: What was read.
-        base: The base model; adapters may be injected in it.
-        names: The names of the adapters in the model.
-    """
-    if any(
-        f".{name}" in f".{path}{_AFTER_MODULES}"
-        for path, _ in base.named_modules()
-        for name in names
-    ):
-        return False
-    devices = {tensor.device for tensor in base.parameters()}
-    if len(devices) != 1 or devices == {torch.device("meta")}:
-        return False
-    records = source.manifest.sections["adapters"].adapters
-    extra = source.manifest.sections["extra_tensors"].adapters
-    return all(
-        _is_plain_lora(files.config)
-        and all(".lora_" in key for key in files.tensors)  # not biases, nor embeddings of the base
-        and not records[name].unsaved
-        and not extra.get(name)
-        for name, files in source.adapters.items()
-    )
-
-
-_AFTER_MODULES = ".base_model.lora_A.lora_B.lora_embedding_A.lora_embedding_B.weight.bias"
-"""What else may stand in the name of a tensor of LoRA."""
-
-
-def _is_plain_lora(config: Mapping[str, Json]) -> bool:
-    """Whether an adapter is LoRA without a variant, so that A and B are all it has."""
-    if config.get("peft_type") != "LORA" or not isinstance(config.get("init_lora_weights"), bool):
-        return False
-    defaults = LoraConfig().to_dict()
-    return all(
-        not value or value == defaults.get(key)
-        for key, value in config.items()
-        if key not in _OF_PLAIN_LORA
-    )
-
-
-_OF_PLAIN_LORA = frozenset(
-    {
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_bias",
-        "lora_dropout",
-        "peft_type",
-        "peft_version",
-        "r",
-        "rank_pattern",
-        "revision",
-        "target_modules",
-        "task_type",
-        "use_rslora",
-    }
-)
-"""Fields of a config that make no variant of LoRA."""

@@ -42,7 +42,7 @@ def set_tensors(
     which the sidecar is read. All that comes before an adapter is merged into the base model.
     A tensor that is right already stays as it is, for it may share its memory with another one.
 
-    What PEFT left on the meta device goes to the device of the base model, which is on one only.
+    Placeholders on the meta device are put on that of the base model, which is on one only.
     """
     device = next((tensor.device for tensor in view.base.parameters()), torch.device("cpu"))
     records = manifest.sections["adapters"].adapters
@@ -81,18 +81,12 @@ def _put(site: TensorSite, tensor: torch.Tensor, device: torch.device) -> None:
 
 
 @contextmanager
-def readable_by_peft(source: Source, name: str, *, on_meta: bool) -> Iterator[Path]:
+def readable_by_peft(source: Source, name: str) -> Iterator[Path]:
     """A folder from which PEFT gets an adapter as it was read and checked, and nothing else.
 
     In the adapter's own folder there may be other files by now, and PEFT writes whatever tensor of
     the base model is in a weights file into that model. So it gets a folder with the config, and
     the weights from memory. Only one load at a time may do this.
-
-    Args:
-        source: What was read.
-        name: The adapter's name in it.
-        on_meta: Whether PEFT gets the names and shapes of the weights alone: it would cast them
-            to the dtype of the base model. `set_tensors` is to follow.
 
     Raises:
         RestoreError: There is no place for a temporary folder.
@@ -100,9 +94,7 @@ def readable_by_peft(source: Source, name: str, *, on_meta: bool) -> Iterator[Pa
     files = source.adapters[name]
     with temporary_folder() as folder:
         (folder / ADAPTER_CONFIG_NAME).write_bytes(dumps(files.config))
-        device = "meta" if on_meta else "cpu"
-        tensors = {key: tensor.to(device) for key, tensor in files.tensors.items()}
-        with _handed_over(folder / SAFETENSORS_WEIGHTS_NAME, tensors):
+        with _handed_over(folder / SAFETENSORS_WEIGHTS_NAME, files.tensors):
             yield folder
 
 
@@ -135,9 +127,7 @@ def _handed_over(file: Path, tensors: Mapping[str, torch.Tensor]) -> Iterator[No
     def read_or_take(name: str | os.PathLike[str], device: Any = "cpu", **options: Any) -> Any:
         if Path(name) != file:
             return read(name, device, **options)
-        return {
-            key: tensor if tensor.is_meta else tensor.to(device) for key, tensor in tensors.items()
-        }
+        return {key: tensor.to(device) for key, tensor in tensors.items()}
 
     file.touch()
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,9 +11,10 @@ import attrs
 import peft
 from torch import nn
 
+from peftstate import _placeholders as placeholders
+from peftstate._base_check import base_checked, base_checked_meanwhile
 from peftstate._initialisation import (
     check_loads_alone,
-    is_overwritten,
     not_truncated_again,
     put_back_initialisation,
     without_initialisation,
@@ -46,11 +46,14 @@ from peftstate.sections.tokenizer import put_back_on_failure
 T = TypeVar("T")
 M = TypeVar("M", bound=peft.PeftModel)
 
-Inject = Callable[[Path, peft.PeftConfig, bool], peft.PeftModel]
-"""PEFT's `from_pretrained` on the base model: takes the folder, the adapter's config, and whether
-the adapter's weights may be left on the meta device until they are loaded."""
-Load = Callable[[Any, Path, str, bool], Any]
-"""PEFT's `load_adapter`: takes the model, the folder, the adapter's name, and the same as well."""
+Inject = Callable[[Path, peft.PeftConfig], peft.PeftModel]
+"""PEFT's `from_pretrained` on the base model: takes the folder, and the adapter's config."""
+Load = Callable[[Any, Path, str], Any]
+"""PEFT's `load_adapter`: takes the model, the folder, and the adapter's name."""
+Wrap = Callable[[peft.PeftConfig], peft.PeftModel]
+"""`placeholders.wrap` on the base model: takes the adapter's config."""
+Add = Callable[[Any, peft.PeftConfig, str], Any]
+"""`placeholders.add`: takes the model, the adapter's config and its name."""
 Finish = Callable[[peft.PeftModel, _origin.Origin], M]
 """Takes the loaded model, and what its base model's checkpoint gave of it. If it fails, so does the
 load."""
@@ -65,7 +68,7 @@ def load_model(
     inject: Inject,
     load: Load,
     finish: Finish[M],
-    as_saved: bool = True,
+    wrap: Wrap | None = None,
     tokenizer: Any = None,
 ) -> M:
     """Load the adapters of a folder onto a base model.
@@ -78,7 +81,8 @@ def load_model(
         inject: How PEFT loads the first adapter.
         load: How PEFT loads a further one.
         finish: What is left to do with the model.
-        as_saved: Whether PEFT is given no other config and no other names than the saved ones.
+        wrap: How the base model is wrapped where all weights are in the files; `None` if PEFT was
+            asked for something that it has to do itself.
         tokenizer: The tokenizer that is to go with the model. If the load fails, it is as before.
 
     Returns:
@@ -90,25 +94,36 @@ def load_model(
     """
     manifest = for_adapters(source.manifest, names)
     bare = ModelView(model=base, tokenizer=tokenizer)
-    check_base(bare, manifest, plan)
+    given = without_initialisation(source, plan, bare)
+    if not placeholders.suffice(given, base, names.values()):
+        wrap = None
     own = source.own_adapter
+    further = [name for name in names if name != own]
+
+    def with_placeholders(wrap: Wrap) -> peft.PeftModel:
+        """The base model, with adapters whose weights are to be put in their places."""
+        model = wrap(given.adapters[own].peft_config())
+        for name in further:
+            placeholders.add(model, given.adapters[name].peft_config(), names[name])
+        return model
+
+    def injected() -> peft.PeftModel:
+        """What PEFT loads."""
+        restores = extra_tensors.SECTION in plan.sections(bare, manifest)
+        extra = manifest.sections["extra_tensors"].adapters[own] if restores else ()
+        with readable_by_peft(given, own) as folder, kept(base), without_word_of(extra, names[own]):
+            model = inject(folder, given.adapters[own].peft_config())
+        for name in further:
+            with readable_by_peft(given, name) as folder, kept(base):
+                load(model, folder, names[name])
+        return model
 
     def steps() -> M:
         shadowed = manifest.sections["base_model"].shadowed
         _spare_data(bare, names={*shadowed, *_names_in_base(source.adapters)})
         prepare_base(bare, manifest, plan)
-        given = without_initialisation(source, plan, bare)
-        on_meta = as_saved and is_overwritten(given, base, names.values())
-        restores = extra_tensors.SECTION in plan.sections(bare, manifest)
-        extra = manifest.sections["extra_tensors"].adapters[own] if restores else ()
-        readable = partial(readable_by_peft, given, on_meta=on_meta)
-        with readable(own) as folder, kept(base), without_word_of(extra, names[own]):
-            model = inject(folder, given.adapters[own].peft_config(), on_meta)
-        for name in [name for name in names if name != own]:
-            with readable(name) as folder, kept(base):
-                load(model, folder, names[name], on_meta)
         view = ModelView(
-            model=model,
+            model=injected() if wrap is None else with_placeholders(wrap),
             adapters=names,
             folders=_folders(manifest),
             tokenizer=tokenizer,
@@ -116,15 +131,18 @@ def load_model(
         )
         put_back_initialisation(view, source.adapters)
         set_tensors(view, source.adapters, manifest, plan)
+        end_check()
         restore_sections(view, manifest, plan)
         if manifest.sections["adapters"].merged:  # embeddings in the file are merged already
             set_tensors(view, source.adapters, manifest, plan)
         compare_restored(view, manifest, plan)
-        return finish(model, _origin.of_loaded(view, manifest.sections["base_model"]))
+        return finish(view.model, _origin.of_loaded(view, manifest.sections["base_model"]))
 
     restores_rng = rng.SECTION in plan.sections(bare, manifest)
     restores_rng = restores_rng and rng.is_own(manifest.sections["rng"])
-    with put_back_on_failure(bare):
+    # PEFT may write to the weights while it injects; placeholders leave them alone
+    check = base_checked if wrap is None else base_checked_meanwhile
+    with check(bare, manifest, plan) as end_check, put_back_on_failure(bare):
         return undone_on_failure(base, steps, keep_rng=not restores_rng)
 
 
@@ -135,7 +153,7 @@ def load_adapter(
     name: str,
     plan: Plan,
     load: Load,
-    as_saved: bool = True,
+    add: Add | None = None,
 ) -> Any:
     """Load one adapter into a live model, whose own state is left alone.
 
@@ -145,7 +163,8 @@ def load_adapter(
         name: The adapter's name in the model; one that exists is replaced.
         plan: Which sections are restored and compared.
         load: How PEFT loads it.
-        as_saved: As in `load_model`.
+        add: How a new adapter is added where all weights are in its file; `None` if PEFT was asked
+            for something that it has to do itself.
 
     Returns:
         What PEFT's `load_adapter` returns.
@@ -160,14 +179,20 @@ def load_adapter(
     view = ModelView(model=model, adapters={own: name}, folders={own: "."})
     # The parameters of an adapter that is there stay the objects that an optimizer holds.
     is_new = name not in model.peft_config
-    on_meta = as_saved and is_new and is_overwritten(source, view.base, {name})
-    check_base(ModelView(model=view.base), manifest, plan)
+    check_base(ModelView(model=view.base, trusts_seen=True), manifest, plan)
+
+    def loaded() -> Any:
+        """What PEFT loads."""
+        readable = readable_by_peft(source, own)
+        with readable as folder, harmless_state_dict(model), not_truncated_again(source, view):
+            return load(model, folder, name)
 
     def steps() -> Any:
         _spare_data(view, names=_names_in_base(source.adapters), adapter=name)
-        readable = readable_by_peft(source, own, on_meta=on_meta)
-        with readable as folder, harmless_state_dict(model), not_truncated_again(source, view):
-            result = load(model, folder, name, on_meta)
+        if add is not None and is_new and placeholders.suffice(source, view.base, {name}):
+            result = add(model, source.adapters[own].peft_config(), name)
+        else:
+            result = loaded()
         set_tensors(view, source.adapters, manifest, plan)
         expected = _as_live(manifest, view)
         dtype.restore_adapters(expected.sections["dtype"], view)

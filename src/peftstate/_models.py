@@ -30,6 +30,7 @@ from peftstate._arguments import (
 )
 from peftstate._calls import calling_peft
 from peftstate._loading import load_adapter, load_model
+from peftstate._placeholders import add, wrap
 from peftstate._policy import OnMismatch, Policy
 from peftstate._pushing import PushedModel, with_parameters_of_push
 from peftstate._ranks import save_rank
@@ -264,7 +265,7 @@ class PeftModel(peft.PeftModel):
 
         @calling_peft()
         def peft_load(
-            source: str, trainable: bool, config: PeftConfig | None, *, on_meta: bool
+            source: str, trainable: bool, config: PeftConfig | None, *, low_cpu_mem_usage: bool
         ) -> peft.PeftModel:
             loaded: peft.PeftModel = peft.PeftModel.from_pretrained(
                 model,
@@ -272,9 +273,9 @@ class PeftModel(peft.PeftModel):
                 adapter_name,
                 trainable,
                 config,
-                autocast_adapter_dtype=autocast_adapter_dtype and not on_meta,
+                autocast_adapter_dtype=autocast_adapter_dtype,
                 ephemeral_gpu_offload=ephemeral_gpu_offload,
-                low_cpu_mem_usage=on_meta,
+                low_cpu_mem_usage=low_cpu_mem_usage,
                 key_mapping=key_mapping,
                 **kwargs,
             )
@@ -287,7 +288,10 @@ class PeftModel(peft.PeftModel):
             if folder is None:
                 origin = _origin.observe(ModelView(model=model))
                 plain = peft_load(
-                    str(model_id), bool(is_trainable), config, on_meta=low_cpu_mem_usage
+                    str(model_id),
+                    bool(is_trainable),
+                    config,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
                 )
                 return attach_observed(plain, origin, tokenizer)
             for name in hub:
@@ -302,18 +306,18 @@ class PeftModel(peft.PeftModel):
                 source,
                 names=live_names(source, adapter_name),
                 plan=plan,
-                inject=lambda path, saved, on_meta: peft_load(
-                    str(path), trainable, config or saved, on_meta=on_meta
+                inject=lambda path, saved: peft_load(
+                    str(path), trainable, config or saved, low_cpu_mem_usage=False
                 ),
                 load=calling_peft()(
-                    lambda live, path, name, on_meta: peft.PeftModel.load_adapter(
-                        live, str(path), name, low_cpu_mem_usage=on_meta
-                    )
+                    lambda live, path, name: peft.PeftModel.load_adapter(live, str(path), name)
                 ),
                 finish=lambda loaded, origin: _finish(
                     attach_observed(loaded, origin, tokenizer), source, is_trainable=is_trainable
                 ),
-                as_saved=config is None and key_mapping is None,
+                wrap=None
+                if config or key_mapping or ephemeral_gpu_offload or kwargs
+                else lambda saved: wrap(model, saved, adapter_name, is_trainable=trainable),
                 tokenizer=tokenizer,
             )
 
@@ -364,16 +368,18 @@ class PeftModel(peft.PeftModel):
         policy = Policy.of(on_mismatch)
 
         @calling_peft()
-        def peft_load(live: Any, path: str | Path, name: str, on_meta: bool) -> Any:
+        def peft_load(
+            live: Any, path: str | Path, name: str, *, low_cpu_mem_usage: bool = False
+        ) -> Any:
             return peft.PeftModel.load_adapter(
                 live,
                 str(path),
                 name,
                 is_trainable,
                 torch_device,
-                autocast_adapter_dtype=autocast_adapter_dtype and not on_meta,
+                autocast_adapter_dtype=autocast_adapter_dtype,
                 ephemeral_gpu_offload=ephemeral_gpu_offload,
-                low_cpu_mem_usage=on_meta,
+                low_cpu_mem_usage=low_cpu_mem_usage,
                 key_mapping=key_mapping,
                 **kwargs,
             )
@@ -383,7 +389,9 @@ class PeftModel(peft.PeftModel):
                 model_id, hub, require_manifest=require_manifest, trusted_keys=trusted_keys
             )
             if folder is None:
-                return peft_load(self, str(model_id), adapter_name, low_cpu_mem_usage)
+                return peft_load(
+                    self, str(model_id), adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+                )
             for name in hub:
                 del kwargs[name]
             source = read_source(folder, ())
@@ -394,7 +402,7 @@ class PeftModel(peft.PeftModel):
                 name=adapter_name,
                 plan=plan,
                 load=peft_load,
-                as_saved=key_mapping is None,
+                add=None if is_trainable or key_mapping or ephemeral_gpu_offload or kwargs else add,
             )
 
     def merge_adapter(

@@ -60,6 +60,10 @@ class Policy:
         """Whether a section is restored and compared at all."""
         return self.chosen.get(section) != "ignore"
 
+    def is_strict(self, section: str) -> bool:
+        """Whether any difference in a section is an error."""
+        return self.chosen.get(section, _BY_DEFAULT.get(section, "error")) == "error"
+
     def action(self, mismatch: Mismatch) -> Action:
         """What to do about one difference."""
         field = next(iter(steps(mismatch.field)), "")

@@ -15,7 +15,7 @@ from peftstate import PeftModel
 from peftstate._policy import Policy
 from peftstate._report import Report
 from peftstate.errors import EnvironmentMismatchError, StateMismatchWarning
-from peftstate.sections import environment
+from peftstate.sections import _platform, environment
 from peftstate.sections._view import ModelView
 from peftstate.sections.environment import SECTION
 
@@ -51,7 +51,9 @@ def test_packages_that_are_not_installed_are_left_out(monkeypatch):
 
     with_it = environment.capture(VIEW).packages
     monkeypatch.setattr(importlib.metadata, "version", without_accelerate)
+    _platform.versions.cache_clear()
     without = environment.capture(VIEW).packages
+    _platform.versions.cache_clear()
     assert with_it.keys() - without.keys() == {"accelerate"}
 
 

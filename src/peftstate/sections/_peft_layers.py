@@ -91,6 +91,14 @@ def cached_layers(model: nn.Module) -> dict[int, list[tuple[str, str, nn.Module]
     return found
 
 
+@cache
+def _is_layer(cls: type) -> bool:
+    """Whether the modules of a class are layers of PEFT."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return issubclass(cls, BaseTunerLayer)
+
+
 def plain_tensors(module: nn.Module, adapter: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that a layer keeps in plain dictionaries, by the adapter's name.
 
@@ -99,6 +107,9 @@ def plain_tensors(module: nn.Module, adapter: str) -> Iterator[tuple[str, torch.
     """
     from torch import Tensor
 
+    cls: type = type(module)
+    if not _is_layer(cls):
+        return
     for leaf, value in vars(module).items():
         if leaf in ("_parameters", "_buffers"):
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,8 @@ def sidecar_tensors(record: Any) -> Iterator[SidecarTensor]:
     """The tensors that a record, or anything in one, wants in the sidecar."""
     if isinstance(record, SidecarTensor):
         yield record
+    elif isinstance(record, TensorRecord):  # the most frequent by far
+        return
     elif attrs.has(type(record)):
         for field in attrs.fields(type(record)):
             yield from sidecar_tensors(getattr(record, field.name))
@@ -97,6 +100,8 @@ def with_tensors(record: Any, found: Mapping[str, torch.Tensor]) -> Any:
     """The same record, its sidecar tensors filled in from what was read."""
     if isinstance(record, SidecarTensor):
         return attrs.evolve(record, data=found[record.tensor])
+    if isinstance(record, TensorRecord):
+        return record
     if attrs.has(type(record)):
         fields = {
             field.name: with_tensors(getattr(record, field.name), found)
@@ -212,6 +217,28 @@ def tensor_records(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorRecor
 
 
 def in_threads(jobs: Iterable[Any], work: Any) -> list[Any]:
-    """Do the same work on many tensors; BLAKE3 and torch let go of the GIL."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        return list(pool.map(work, jobs))
+    """Do the same work on many tensors; BLAKE3 and torch let go of the GIL.
+
+    This thread takes jobs like the others; for small tensors handing each over would take longer.
+    """
+    todo = deque(enumerate(jobs))
+    done: dict[int, Any] = {}
+
+    def run() -> None:
+        while True:
+            try:
+                index, job = todo.popleft()
+            except IndexError:
+                return
+            done[index] = work(job)
+
+    others = min(os.cpu_count() or 1, len(todo)) - 1
+    with ThreadPoolExecutor(max_workers=max(others, 1)) as pool:
+        running = [pool.submit(run) for _ in range(others)]
+        try:
+            run()
+        finally:
+            todo.clear()
+        for other in running:
+            other.result()
+    return [done[index] for index in range(len(done))]

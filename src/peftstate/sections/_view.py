@@ -69,6 +69,9 @@ class ModelView:
         probe: Inputs to predict on, as the model's `forward` takes them.
         keeps_merged: Whether the weights that adapters are merged into are saved themselves.
         saved_shapes: Shapes of the tensors in the files of a load; `None` if there are none.
+        digested_elsewhere: Names of tensors of the base model that another thread compares.
+        trusts_seen: Whether a tensor that was digested before, and does not seem to have changed
+            since, need not be read again.
         memo: Records of the base model's tensors that were made already. A view, and those made
             from it, are for one moment: the model must not change meanwhile.
         walked: What was found in the model at one moment; `None` if it may change meanwhile.
@@ -82,6 +85,8 @@ class ModelView:
     probe: Mapping[str, torch.Tensor] | None = None
     keeps_merged: bool = False
     saved_shapes: frozenset[tuple[int, ...]] | None = None
+    digested_elsewhere: frozenset[str] = frozenset()
+    trusts_seen: bool = False
     memo: dict[str, TensorRecord] = attrs.field(factory=dict, eq=False, repr=False)
     walked: _Walked | None = attrs.field(default=None, eq=False, repr=False)
 

@@ -16,7 +16,7 @@ import attrs
 from peftstate._diff import Json
 from peftstate._warn import warn
 from peftstate.errors import BaseModelMismatchError, StateMismatchWarning
-from peftstate.sections import _origin
+from peftstate.sections import _origin, _seen
 from peftstate.sections._base import Section
 from peftstate.sections._base_tensors import (
     SCALES,
@@ -163,6 +163,8 @@ def _capture_again(
         if name in record.tensors or SCALES not in name
     }
     unreadable = _unreadable(tensors, record, skipped)
+    skipped |= view.digested_elsewhere
+    in_full = record.fingerprint == "full"
 
     def describe(name: str) -> TensorRecord:
         saved = record.tensors.get(name)
@@ -170,12 +172,15 @@ def _capture_again(
             return saved
         if saved is not None and name in unreadable:
             return attrs.evolve(saved, shape=tuple(tensors[name].tensor.shape))
-        return tensor_record(
-            tensors[name].tensor,
-            saved.dtype if saved is not None else None,
-            sampled=record.fingerprint == "sampled",
-            read=saved is not None and saved.digest is not None,
-        )
+        if saved is None or saved.digest is None:
+            dtype = None if saved is None else saved.dtype
+            return tensor_record(tensors[name].tensor, dtype, read=False)
+        if view.trusts_seen and _seen.digest_of(name, tensors[name], saved.dtype) == saved.digest:
+            return saved  # the digest covers dtype and shape, too
+        described = tensor_record(tensors[name].tensor, saved.dtype, sampled=not in_full)
+        if in_full and described.digest is not None:
+            _seen.note(name, tensors[name], saved.dtype, described.digest)
+        return described
 
     found = _describe(
         view,

@@ -1,0 +1,141 @@
+"""Adapters that PEFT makes without weights, for the file's own to be put in their place.
+
+PEFT's loads make random weights, overwrite them, cast them to the base model's dtype, and go over
+the whole model for the names of each. Where all of an adapter's weights are in its file, none of
+that is needed: what `peft.PeftModel.from_pretrained` and `load_adapter` do beside it is here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import peft
+import torch
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig
+
+from peftstate._calls import calling_peft
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from torch import nn
+
+    from peftstate._diff import Json
+    from peftstate._source import Source
+
+META = torch.device("meta")
+
+
+def suffice(source: Source, base: nn.Module, names: Collection[str]) -> bool:
+    """Whether all that PEFT would draw or compute for the adapters is in their files.
+
+    That holds for LoRA without any of its variants; what other tuners and the variants make beside
+    the weights in the file is not to be had in this way. The names of the weights must not be in
+    doubt, which an adapter's name that is in the names of modules makes them; nor the device that
+    each belongs to, where a base model is on several.
+
+    Args:
+        source: What was read.
+        base: The base model; adapters may be injected in it.
+        names: The names of the adapters in the model.
+    """
+    if hasattr(base, "hf_device_map") or any(
+        f".{name}" in f".{path}{_AFTER_MODULES}"
+        for path, _ in base.named_modules()
+        for name in names
+    ):
+        return False
+    devices = {tensor.device for tensor in base.parameters()}
+    if len(devices) != 1 or META in devices:
+        return False
+    records = source.manifest.sections["adapters"].adapters
+    extra = source.manifest.sections["extra_tensors"].adapters
+    return all(
+        _is_plain_lora(files.config)
+        and all(".lora_" in key for key in files.tensors)  # not biases, nor embeddings of the base
+        and not records[name].unsaved
+        and not extra.get(name)
+        for name, files in source.adapters.items()
+    )
+
+
+_AFTER_MODULES = ".base_model.lora_A.lora_B.lora_embedding_A.lora_embedding_B.weight.bias"
+"""What else may stand in the name of a tensor of LoRA."""
+
+
+def _is_plain_lora(config: Mapping[str, Json]) -> bool:
+    """Whether an adapter is LoRA without a variant, so that A and B are all it has."""
+    if config.get("peft_type") != "LORA" or not isinstance(config.get("init_lora_weights"), bool):
+        return False
+    defaults = LoraConfig().to_dict()
+    return all(
+        not value or value == defaults.get(key)
+        for key, value in config.items()
+        if key not in _OF_PLAIN_LORA
+    )
+
+
+_OF_PLAIN_LORA = frozenset(
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "peft_type",
+        "peft_version",
+        "r",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
+)
+"""Fields of a config that make no variant of LoRA."""
+
+
+def wrap(base: nn.Module, config: PeftConfig, name: str, *, is_trainable: bool) -> peft.PeftModel:
+    """Wrap a base model as `peft.PeftModel.from_pretrained` does.
+
+    Args:
+        base: The bare base model, of which `suffice` must hold.
+        config: The adapter's config.
+        name: The name that the adapter gets.
+        is_trainable: As in PEFT.
+
+    Returns:
+        A model whose adapter is on the meta device.
+    """
+    config.inference_mode = not is_trainable
+    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", peft.PeftModel)
+    with calling_peft():
+        model = cls(base, config, name, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    return model if is_trainable else model.eval()
+
+
+def add(model: peft.PeftModel, config: PeftConfig, name: str) -> Any:
+    """Add an adapter for inference to a model as its `load_adapter` does.
+
+    Args:
+        model: The model, of which `suffice` must hold.
+        config: The adapter's config.
+        name: The name that the adapter gets, a new one.
+
+    Returns:
+        What PEFT returns: the keys that are missing, and those that were not expected.
+    """
+    config.inference_mode = True
+    with calling_peft():
+        peft.PeftModel.add_adapter(
+            model, name, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False
+        )
+        model.eval()
+    return torch.nn.modules.module._IncompatibleKeys([], [])

@@ -1,0 +1,74 @@
+"""Digests of a base model's large tensors, computed while an adapter is put into it.
+
+Only large ones: whenever a thread has done with a tensor it waits, for up to
+`sys.getswitchinterval`, until the thread that works on the model lets it go on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import attrs
+
+from peftstate.sections import _bitsandbytes_forms as forms
+from peftstate.sections._base_tensors import BaseTensor, base_tensors
+from peftstate.sections._tensors import TensorRecord, digest
+
+if TYPE_CHECKING:
+    from peftstate.sections._view import ModelView
+
+LARGE = 16 * 1024 * 1024
+"""Bytes; BLAKE3 takes 2 ms for them."""
+
+
+@attrs.frozen
+class Ahead:
+    """Digests that are being computed.
+
+    Attributes:
+        saved: The records of the tensors, by their names.
+    """
+
+    saved: Mapping[str, TensorRecord]
+    _found: Mapping[str, Future[str]]
+    _pool: ThreadPoolExecutor
+
+    @classmethod
+    def of(cls, view: ModelView, saved: Mapping[str, TensorRecord]) -> Ahead:
+        """Begin, with the tensors of a model whose digests are in a manifest.
+
+        The tensors must not be written to until `end`; another may take the place of one.
+        """
+        found = {name: base for name, base in base_tensors(view).items() if _is_large(name, base)}
+        known = {
+            name: saved[name]
+            for name, base in found.items()
+            if name in saved
+            and saved[name].digest is not None
+            and saved[name].shape == tuple(base.tensor.shape)
+        }
+        pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="peftstate-digest")
+        # detached, for the parameter may be given other data
+        jobs = {
+            name: pool.submit(digest, found[name].tensor.detach(), record.dtype)
+            for name, record in known.items()
+        }
+        return cls(known, jobs, pool)
+
+    def agrees(self) -> bool:
+        """Wait, and say whether all the tensors are as they were saved."""
+        return all(self._found[name].result() == self.saved[name].digest for name in self.saved)
+
+    def end(self) -> None:
+        """Begin with no other tensor, and wait for the rest."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _is_large(name: str, base: BaseTensor) -> bool:
+    """Whether a tensor is large, readable, and there without being made of others."""
+    owner = base.owner
+    is_whole = name == owner.name and forms.form_of(owner.module) == forms.FRESH
+    return is_whole and owner.tensor.nbytes >= LARGE and base.is_readable
