@@ -85,8 +85,10 @@ class TensorSite:
 
     def replace(self, tensor: torch.Tensor) -> None:
         """Put other data, which may have another dtype, in the tensor's place."""
-        if self.leaf in self.module._parameters:
-            self.tensor.data = tensor
+        # by name: peft/tuners/lora/layer.py::MultiheadAttention makes new parameters now and then
+        parameter = self.module._parameters.get(self.leaf)
+        if parameter is not None:
+            parameter.data = tensor
         elif self.leaf in self.module._buffers:
             self.module._buffers[self.leaf] = tensor
         else:
