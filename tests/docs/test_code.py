@@ -12,6 +12,7 @@ import json
 import re
 import shlex
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,11 @@ from tests.docs._pages import PAGES, blocks_of, with_blocks
 LANGUAGES = {"console", "json", "python", "sh", "text"}
 RUN_ELSEWHERE = {
     "docs/hub.md",  # tests/hub/test_docs.py, with a Hub
+    "docs/mlflow.md",  # tests/integrations/test_mlflow.py, which undoes what it registers
     "docs/sections.md",  # tests/docs/test_sections.py, in a copy of the repository
 }
 FRESH = {"base", "fresh_base"}
 """Names that stand for another model each time that they are used."""
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::peftstate.errors.TrainModeWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of what other libraries will rename
-    pytest.mark.filterwarnings("ignore:Could not find a config file in org/base:UserWarning"),
-]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -105,7 +101,8 @@ def names(load_base, adapter, tmp_path, monkeypatch):
         "path": "adapter",
         "seed": 3,
     }
-    return Names(makers, given)
+    yield Names(makers, given)
+    peftstate.uninstall()
 
 
 def _write_keys():
@@ -122,11 +119,10 @@ def _write_keys():
 )
 def test_the_code_runs(page, names):
     """A page's blocks run one after the other, and print what the page says."""
-    prepared = PREPARED.get(page, {})
     printed = ""
-    try:
+    with _only_our_warnings():
         for block in blocks_of(page):
-            for text, prepare in prepared.items():
+            for text, prepare in PREPARED.get(page, {}).items():
                 if text in block.code:
                     prepare(names)
             if block.language == "python":
@@ -135,8 +131,16 @@ def test_the_code_runs(page, names):
                 assert printed == block.code
             elif block.language == "console":
                 _compare_console(block.code)
-    finally:
-        peftstate.uninstall()
+
+
+@contextlib.contextmanager
+def _only_our_warnings():
+    """A page gives rise to no warning of ours, but that of train mode; others' may come."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", errors.PeftStateWarning)
+        warnings.simplefilter("ignore", errors.TrainModeWarning)
+        yield
 
 
 def _run(code, names):
@@ -218,6 +222,12 @@ def _two_saves(names):
     shutil.copytree("adapter", "after")
 
 
+def _base_path(names):
+    """Where the base model is, and a second adapter for it."""
+    names["base_path"] = names["base"].config._name_or_path
+    shutil.copytree("adapter", "another-adapter")
+
+
 def _poet(names):
     """An adapter on a base model of the Hub's, which vLLM can serve."""
     base = transformers.AutoModelForCausalLM.from_pretrained(
@@ -237,6 +247,8 @@ PREPARED = {
     },
     "docs/distributed.md": {"get_model_state_dict": _first_rank, "register": _for_accelerate},
     "docs/manifest.md": {'read_manifest("before")': _two_saves},
+    "docs/serving.md": {"base_path": _base_path},
+    "docs/training.md": {"SFTTrainer(": _for_trl},
     "docs/vllm.md": {"vllm-args": _poet},
 }
 """By page, what is done before a block that contains a text."""
