@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -23,6 +25,7 @@ with warnings.catch_warnings(action="ignore"):  # of its own type hints
 
 from peftstate.integrations.mlflow import register
 
+PAGE = Path(__file__).parents[2] / "docs" / "mlflow.md"
 PATCHED = (
     (mlflow.transformers, "save_model"),
     (mlflow.transformers, "_load_model"),
@@ -166,6 +169,16 @@ def test_an_artifact_without_a_manifest_loads_with_a_warning(components, base, t
     register()
     with pytest.warns(peftstate.errors.MissingManifestWarning):
         mlflow.transformers.load_model(str(tmp_path / "artifact"))
+
+
+def test_the_page(components, base, tmp_path, monkeypatch):
+    """What docs/mlflow.md shows is what happens."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(base)
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    names = components("nf4")
+    exec(block, names)  # noqa: S102 - the page's own code
+    assert isinstance(names["pipeline"].model, peftstate.PeftModel)
 
 
 def test_options_are_checked():
