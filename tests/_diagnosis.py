@@ -22,6 +22,7 @@ DIAGNOSIS = Diagnosis(
     adapter="adapter",
     model="plain PEFT on the base model as it is loaded by default",
     inputs="a row of 16 ids",
+    failure="",
     total=effect(19.75, 0.625),
     rest=effect(0.0),
     causes=(

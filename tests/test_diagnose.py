@@ -9,10 +9,13 @@ import peft
 import pytest
 import torch
 import transformers
+from _tiny import tiny_checkpoint
 
 import peftstate
 from peftstate._diagnosis import Effect
 from peftstate.errors import AdapterLoadError, BaseModelMismatchError, ManifestNotFoundError
+from peftstate.sections import _platform, predictions
+from peftstate.sections._probe import predict
 from tests._diagnosis import in_bfloat16
 from tests.conftest import IDS
 
@@ -350,6 +353,71 @@ def test_logits_of_another_shape(load_base, with_lora, save):
     assert found.total is None
     assert not found.ok
     assert found.verdict == "The logits have another shape than those of the saved model."
+
+
+def test_model_that_does_not_run(load_base, with_lora, save):
+    """Why it does not is the verdict, and what differs is named all the same."""
+    folder = save(with_lora(load_base("fp32")))
+    users = peft.PeftModel.from_pretrained(load_base("fp32"), folder)
+    users.get_base_model().lm_head.bfloat16()
+    found = peftstate.diagnose(folder, users)
+    assert found.verdict.startswith("The model does not run: RuntimeError: ")
+    assert (found.total, found.rest, found.ok) == (None, None, False)
+    assert found.unmeasured[0].name == "base dtype"
+
+
+def test_prompt_that_layers_compute(load_base, tmp_path):
+    """PEFT drops these layers, and keeps what they compute: measured, that changes nothing."""
+    config = peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8
+    )
+    peftstate.get_peft_model(load_base("fp32"), config).eval().save_pretrained(tmp_path)
+    found = peftstate.diagnose(tmp_path, as_plain_peft=True)
+    (cause,) = found.causes
+    assert (cause.name, cause.section) == ("tensors PEFT drops", "extra_tensors")
+    assert cause.effect.is_none
+    assert found.rest.is_none
+    assert found.ok
+
+
+def test_layers_within_a_layer_of_peft(load_base, tmp_path):
+    """Quantized layers are found where PEFT put another layer around what holds them."""
+    config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=2)
+    peftstate.get_peft_model(load_base("nf4"), config).eval().save_pretrained(tmp_path)
+    base = load_base("bf16", quantization_config=nf4(bnb_4bit_quant_type="fp4"))
+    cause = only(peftstate.diagnose(tmp_path, peft.PeftModel.from_pretrained(base, tmp_path)))
+    assert cause.name == "quantization type"
+
+
+def test_this_environment(load_base, with_lora, save, monkeypatch):
+    """What the exact reload predicts otherwise than when it was saved is not in the total."""
+    model = with_lora(load_base("fp32"))
+    with monkeypatch.context() as there:
+        there.setattr(predictions, "predict", lambda *arguments: predict(*arguments) + 1e-6)
+        folder = save(model, prediction_probe=IDS)
+    monkeypatch.setattr(_platform, "key", lambda kinds: f"elsewhere: {kinds}")
+    found = peftstate.diagnose(folder, as_plain_peft=True)
+    (cause,) = found.causes
+    assert (cause.name, cause.section) == ("this environment", "predictions")
+    assert 0 < cause.effect.max_difference < 1e-5
+    assert not cause.in_total
+    assert found.total.is_none
+
+
+def test_a_text(tmp_path):
+    """A text is made ids of by the tokenizer that lies beside the adapter, or by the base's."""
+    checkpoint = tiny_checkpoint(tmp_path / "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    model = peftstate.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM"))
+    model.eval().save_pretrained(tmp_path / "without")
+    model.save_pretrained(tmp_path / "with", tokenizer=tokenizer)
+    text = "The baker opened it"
+    for folder in (tmp_path / "without", tmp_path / "with"):
+        found = peftstate.diagnose(folder, prediction_probe=text)
+        inputs = tokenizer(text, return_tensors="pt")
+        assert found == peftstate.diagnose(folder, prediction_probe=inputs)
+        assert found.inputs == "the inputs that were passed"
 
 
 def test_without_a_manifest(load_base, with_lora, save):

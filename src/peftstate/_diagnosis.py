@@ -77,8 +77,9 @@ class Diagnosis:
         adapter: The adapter's folder or repo.
         model: How the model that is diagnosed was loaded, in a few words.
         inputs: What was predicted on, in a few words.
-        total: What all that differs does together, in eval mode; `None` if the logits have
-            another shape.
+        failure: Why the model does not run; empty if it does.
+        total: What all that differs does together, in eval mode; `None` if the model does not run,
+            or its logits have another shape.
         rest: What it does that no cause explains: the effect on the exact reload of everything that
             has no name here; `None` if that could not be measured.
         causes: What was measured, the largest first; what is not in the total comes last.
@@ -88,6 +89,7 @@ class Diagnosis:
     adapter: str
     model: str
     inputs: str
+    failure: str
     total: Effect | None
     rest: Effect | None
     causes: tuple[Cause, ...]
@@ -102,6 +104,8 @@ class Diagnosis:
     @property
     def verdict(self) -> str:
         """The outcome in one sentence."""
+        if self.failure:
+            return f"The model does not run: {self.failure}"
         if self.total is None:
             return "The logits have another shape than those of the saved model."
         if not self.total.is_none:

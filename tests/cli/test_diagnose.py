@@ -86,8 +86,10 @@ def test_for_other_programs(folder, causal_lm):
     result = run(folder, "--base", causal_lm, "--json")
     found = json.loads(result.stdout)
     assert result.exit_code == 1
-    assert [cause["name"] for cause in found["causes"]] == ["adapter dtype"]
-    assert found["causes"][0]["effect"] == found["total"]
+    causes = {cause["name"]: cause for cause in found["causes"]}
+    assert causes["adapter dtype"]["found"] == "float32"
+    assert causes["adapter dtype"]["effect"]["max_difference"] > 0
+    assert found["rest"]["max_difference"] == 0
 
 
 def test_a_chart(folder, tmp_path):
@@ -102,6 +104,15 @@ def test_a_chart_of_no_format(folder, tmp_path):
     result = run(folder, "--plot", tmp_path / "chart.colour")
     assert result.exit_code == 3
     assert "'colour' is not supported" in result.stderr
+
+
+def test_a_base_model_that_is_nowhere():
+    """The message says which, and what to do."""
+    result = run(GOLDEN / "causal-lm")
+    assert result.exit_code == 1
+    start = "AdapterLoadError: base_model: its base model 'base-llama' is not to be had ("
+    assert result.stderr.startswith(start)
+    assert result.stderr.endswith("); pass base= to say where it is\n")
 
 
 def test_without_a_manifest(tmp_path):

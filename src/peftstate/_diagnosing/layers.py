@@ -18,6 +18,7 @@ from peftstate._diagnosing.pair import Difference, Pair, key, put, usual
 from peftstate.sections import _bitsandbytes, _merges
 from peftstate.sections._bitsandbytes import LayerSettings, LayerState
 from peftstate.sections._bitsandbytes_forms import is_linear
+from peftstate.sections._peft_layers import original_key
 from peftstate.sections._tensors import dtype_named
 from peftstate.sections._view import ModelView
 
@@ -171,15 +172,17 @@ def swap(pair: Pair, names: Collection[str]) -> None:
     Raises:
         LookupError: The user's model does not have one, or not all its adapters.
     """
-    exact, users = pair.exact.base, pair.users.base
     adapters = {key(site): site.tensor for site in pair.exact.tensors() if site.part == "adapter"}
     dtypes = {name: _dtype(pair.exact, name) for name in names}
     computing = _computing(pair.exact)
+    ours, theirs = _places(pair.exact), _places(pair.users)
     for name in names:
-        path, _, leaf = name.rpartition(".")
-        parent, theirs = exact.get_submodule(path), users.get_submodule(name)
-        _take_over_state(parent._modules[leaf], theirs)
-        parent._modules[leaf] = theirs
+        if name not in theirs:
+            raise LookupError(f"the model as it was loaded has no {name}")
+        (parent, leaf), (other, other_leaf) = ours[name], theirs[name]
+        layer = other._modules[other_leaf]
+        _take_over_state(parent._modules[leaf], layer)
+        parent._modules[leaf] = layer
     missing = adapters.keys() - {key(site) for site in pair.exact.tensors()}
     if missing:
         raise LookupError(f"the model as it was loaded has no {min(missing, key=str)[2]}")
@@ -187,6 +190,23 @@ def swap(pair: Pair, names: Collection[str]) -> None:
     for name, module in pair.exact.base_modules():
         if name in dtypes and name in computing:
             _bitsandbytes.set_compute_dtype(module, computing[name])
+
+
+def _places(view: ModelView) -> dict[str, tuple[nn.Module, str]]:
+    """Where each layer hangs, with what PEFT has around it: in which module, under which name."""
+    parents = {
+        id(child): (module, name)
+        for module in view.base.modules()
+        for name, child in module._modules.items()
+    }
+    found = {}
+    for name, module in view.base_modules():
+        place = parents.get(id(module))
+        while place is not None and original_key(place[0]) == place[1]:
+            place = parents.get(id(place[0]))
+        if place is not None:
+            found[name] = place
+    return found
 
 
 def _take_over_state(ours: Any, theirs: Any) -> None:

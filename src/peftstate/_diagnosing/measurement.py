@@ -12,12 +12,14 @@ from peftstate._diagnosing import layers, settings, tensors
 from peftstate._diagnosing.pair import Difference, Pair
 from peftstate._diagnosis import Cause, Effect
 from peftstate._snapshot import Snapshot
+from peftstate.errors import AdapterLoadError
 from peftstate.sections import training
 from peftstate.sections._generators import Standing
 from peftstate.sections._probe import LENGTH, predict, probe_inputs
 from peftstate.sections.predictions import agreement, difference, divergence, inputs_of
 
 if TYPE_CHECKING:
+    from peftstate.sections._view import ModelView
     from peftstate.sections.predictions import PredictionsRecord
     from peftstate.sections.training import TrainingRecord
 
@@ -46,7 +48,8 @@ class Measurement:
         words: The same for a person.
         stored: What the saved model predicted when it was saved, if the manifest has it.
         exact_logits: What the exact reload predicts.
-        users_logits: What the user's model predicts.
+        users_logits: What the user's model predicts; `None` if it does not run.
+        failure: Why it does not.
         differences: In what the models differ.
         generators: Where the random generators stood when the model was saved.
         snapshot: The user's model as it was.
@@ -57,7 +60,8 @@ class Measurement:
     words: str
     stored: torch.Tensor | None
     exact_logits: torch.Tensor
-    users_logits: torch.Tensor
+    users_logits: torch.Tensor | None
+    failure: str
     differences: tuple[Difference, ...]
     generators: Standing
     snapshot: Snapshot
@@ -74,6 +78,7 @@ class Measurement:
         Raises:
             TypeError: The inputs are something else.
             ValueError: No inputs can be made up for this model.
+            AdapterLoadError: The exact reload does not run on them, so neither did the saved model.
         """
         record: PredictionsRecord | None = pair.manifest.sections.get("predictions")
         stored, words = None, "the inputs that were passed"
@@ -83,13 +88,18 @@ class Measurement:
             words = "the inputs that were saved"
         elif probe is None or probe is True:
             words = f"a row of {LENGTH} ids"
+        exact_logits, reason = _logits(pair.exact, inputs or {})
+        if exact_logits is None:
+            raise AdapterLoadError("predictions", f"the exact reload does not run ({reason})")
+        users_logits, failure = _logits(pair.users, inputs or {})
         return cls(
             pair=pair,
             inputs=inputs or {},
             words=words,
             stored=stored,
-            exact_logits=predict(pair.exact.model, inputs or {}),
-            users_logits=predict(pair.users.model, inputs or {}),
+            exact_logits=exact_logits,
+            users_logits=users_logits,
+            failure=failure,
             differences=tuple(found for find in _FINDERS for found in find(pair)),
             generators=generators,
             snapshot=Snapshot.of(pair.users.model),
@@ -98,7 +108,7 @@ class Measurement:
     @property
     def total(self) -> Effect | None:
         """What all that differs does together."""
-        return effect(self.exact_logits, self.users_logits)
+        return None if self.users_logits is None else effect(self.exact_logits, self.users_logits)
 
     def rest(self) -> Effect | None:
         """What is left between the user's model and the exact one with all that differs."""
@@ -107,6 +117,8 @@ class Measurement:
             for found in self.differences:
                 found.give()
 
+        if self.users_logits is None:
+            return None
         try:
             return effect(self._run(give_all), self.users_logits)
         except _NOT_RUNNING:
@@ -136,8 +148,7 @@ class Measurement:
         try:
             found = effect(self.exact_logits, self._run(difference.give))
         except _NOT_RUNNING as error:
-            reason = next(iter(str(error).splitlines()), "")
-            note = f"the model does not run with it alone ({type(error).__name__}: {reason})"
+            note = f"the model does not run with it alone ({_in_one_line(error)})"
         else:
             note = "" if found else "alone it gives logits of another shape"
         return Cause(
@@ -193,6 +204,19 @@ class Measurement:
                 note="the exact reload against what was predicted when it was saved",
                 in_total=False,
             )
+
+
+def _logits(view: ModelView, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor | None, str]:
+    """What a model predicts, or why it does not run."""
+    try:
+        return predict(view.model, inputs), ""
+    except _NOT_RUNNING as error:
+        return None, _in_one_line(error)
+
+
+def _in_one_line(error: Exception) -> str:
+    """An error, and the first line of what it says."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def effect(saved: torch.Tensor, found: torch.Tensor) -> Effect | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from peftstate import _auto
@@ -24,6 +25,10 @@ from peftstate.errors import AdapterLoadError, PeftStateWarning
 
 if TYPE_CHECKING:
     from peftstate._keys import TrustedKeys
+
+
+_NOT_THERE = (OSError, HFValidationError)
+"""What transformers raises over a folder that is gone; some versions take its path for a repo."""
 
 
 def exact_model(
@@ -49,7 +54,6 @@ def exact_model(
 
     Raises:
         PeftStateError: There is no exact reload; the error says what differs.
-        OSError: The base model is nowhere to be found.
     """
     with _only_errors():
         loaded = rebuilt_base(source, base, device)
@@ -64,22 +68,31 @@ def rebuilt_base(
     """Load the base model as the manifest says: from where it was, else from where it is now.
 
     Raises:
-        OSError: It is in neither place.
+        AdapterLoadError: It is in neither place.
     """
     config = source.adapters[source.own_adapter].config
     kwargs = base_model_kwargs(source.manifest)
     revision = kwargs.pop("revision", None)
     name = config.get("base_model_name_or_path") or base
     try:
-        edits = edits_of_config(source.manifest, config, revision, {})
-        return _load(source, name, device, **kwargs, **edits, **_revision(revision))
-    except OSError:
-        if base is None or name == base:
-            raise
-        edits = edits_of_config(
-            source.manifest, {"base_model_name_or_path": os.fspath(base)}, None, {}
-        )
-        return _load(source, base, device, **kwargs, **edits)
+        try:
+            edits = edits_of_config(source.manifest, config, revision, {})
+            return _load(source, name, device, **kwargs, **edits, **_revision(revision))
+        except _NOT_THERE:
+            if base is None or name == base:
+                raise
+        name = os.fspath(base)
+        edits = edits_of_config(source.manifest, {"base_model_name_or_path": name}, None, {})
+        return _load(source, name, device, **kwargs, **edits)
+    except _NOT_THERE as error:
+        raise _not_to_be_had(name, error) from error
+
+
+def _not_to_be_had(name: object, error: Exception) -> AdapterLoadError:
+    """The error for a base model that is not where it is said to be."""
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    message = f"its base model {name!r} is not to be had ({reason}); pass base= to say where it is"
+    return AdapterLoadError("base_model", message)
 
 
 def users_model(
@@ -93,12 +106,15 @@ def users_model(
         device: Where the model goes.
 
     Raises:
-        AdapterLoadError: PEFT cannot load the adapter onto it.
+        AdapterLoadError: The base model is not there, or PEFT cannot load the adapter onto it.
     """
     own = source.adapters[source.own_adapter]
     if not isinstance(base, nn.Module):
         name = base or own.config.get("base_model_name_or_path")
-        base = _load(source, name, device, **_revision(own.config.get("revision")))
+        try:
+            base = _load(source, name, device, **_revision(own.config.get("revision")))
+        except _NOT_THERE as error:
+            raise _not_to_be_had(name, error) from error
     with calling_peft(), readable_by_peft(source, source.own_adapter) as folder:
         try:
             model: peft.PeftModel = peft.PeftModel.from_pretrained(base, folder)

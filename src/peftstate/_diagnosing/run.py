@@ -69,7 +69,7 @@ def diagnose(
         SignatureError: The folder is not as the owner of a trusted key has signed it.
         StateMismatchError: There is no exact reload to compare with: the base model is another one,
             for instance.
-        AdapterLoadError: A model cannot be loaded.
+        AdapterLoadError: A model cannot be loaded, or the saved one does not run.
         ValueError: A live model was passed with `as_plain_peft`, which loads one; or no inputs can
             be made up for the model.
     """
@@ -105,6 +105,7 @@ def diagnose(
             adapter=os.fspath(source),
             model=_in_words(model, as_plain_peft=as_plain_peft),
             inputs=measurement.words,
+            failure=measurement.failure,
             total=measurement.total,
             rest=measurement.rest(),
             causes=causes,

@@ -200,9 +200,29 @@ def _give_plain(pair: Pair, names: Collection[Key]) -> None:
     Raises:
         LookupError: The user's model does not have one.
     """
+    prompts = {name for _, name, _ in names if name and _has_another_form(pair, name)}
+    for name in prompts:
+        _give_prompt(pair, name)
     for site in pair.exact.tensors():
-        if key(site) in names:
+        if key(site) in names and site.adapter not in prompts:
             _put_theirs(pair, site)
+
+
+def _has_another_form(pair: Pair, adapter: str) -> bool:
+    """Whether a prompt is computed by layers in one of the models, and an embedding in the other.
+
+    PEFT loads the embedding that the layers computed, without these.
+    """
+    ours = {site for site in plain_tensors(pair.exact) if site[1] == adapter}
+    theirs = {site for site in pair.theirs if site[1] == adapter}
+    return ours != theirs and bool(pair.exact.model.peft_config[adapter].is_prompt_learning)
+
+
+def _give_prompt(pair: Pair, adapter: str) -> None:
+    """Give the exact reload the whole of what makes a prompt in the user's model."""
+    ours, theirs = pair.exact.model, pair.users.model
+    ours.prompt_encoder[adapter] = theirs.prompt_encoder[adapter]
+    ours.peft_config[adapter].inference_mode = theirs.peft_config[adapter].inference_mode
 
 
 def _put_theirs(pair: Pair, site: TensorSite) -> None:
