@@ -34,7 +34,6 @@ LANGUAGES = {"console", "json", "python", "sh", "text"}
 RUN_ELSEWHERE = {
     "docs/hub.md",  # tests/hub/test_docs.py, with a Hub
     "docs/mlflow.md",  # tests/integrations/test_mlflow.py, which undoes what it registers
-    "docs/mlflow.md",  # tests/integrations/test_mlflow.py, which undoes what it registers
     "docs/sections.md",  # tests/docs/test_sections.py, in a copy of the repository
 }
 FRESH = {"base", "fresh_base"}
@@ -229,12 +228,6 @@ def _base_path(names):
     shutil.copytree("adapter", "another-adapter")
 
 
-def _base_path(names):
-    """Where the base model is, and a second adapter for it."""
-    names["base_path"] = names["base"].config._name_or_path
-    shutil.copytree("adapter", "another-adapter")
-
-
 def _poet(names):
     """An adapter on a base model of the Hub's, which vLLM can serve."""
     base = transformers.AutoModelForCausalLM.from_pretrained(
@@ -254,8 +247,6 @@ PREPARED = {
     },
     "docs/distributed.md": {"get_model_state_dict": _first_rank, "register": _for_accelerate},
     "docs/manifest.md": {'read_manifest("before")': _two_saves},
-    "docs/serving.md": {"base_path": _base_path},
-    "docs/training.md": {"SFTTrainer(": _for_trl},
     "docs/serving.md": {"base_path": _base_path},
     "docs/training.md": {"SFTTrainer(": _for_trl},
     "docs/vllm.md": {"vllm-args": _poet},
