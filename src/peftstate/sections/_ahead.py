@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from peftstate.sections import _bitsandbytes_forms as forms
+from peftstate.sections import _seen
 from peftstate.sections._base_tensors import BaseTensor, base_tensors
 from peftstate.sections._tensors import TensorRecord, digest
 
@@ -33,6 +34,7 @@ class Ahead:
     """
 
     saved: Mapping[str, TensorRecord]
+    _bases: Mapping[str, BaseTensor]
     _found: Mapping[str, Future[str]]
     _pool: ThreadPoolExecutor
 
@@ -56,11 +58,16 @@ class Ahead:
             name: pool.submit(digest, found[name].tensor.detach(), record.dtype)
             for name, record in known.items()
         }
-        return cls(known, jobs, pool)
+        return cls(known, found, jobs, pool)
 
     def agrees(self) -> bool:
         """Wait, and say whether all the tensors are as they were saved."""
-        return all(self._found[name].result() == self.saved[name].digest for name in self.saved)
+        for name, record in self.saved.items():
+            digest = self._found[name].result()
+            _seen.note(name, self._bases[name], record.dtype, digest)
+            if digest != record.digest:
+                return False
+        return True
 
     def end(self) -> None:
         """Begin with no other tensor, and wait for the rest."""

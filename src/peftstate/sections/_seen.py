@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -57,6 +58,9 @@ def _places(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield raw[start : start + BYTES]
 
 
+_LOCK = Lock()
+
+
 @cache
 def _tensors() -> Any:
     """The tensors of live models that were digested, each forgotten when it is no more."""
@@ -68,9 +72,10 @@ def _tensors() -> Any:
 def digest_of(name: str, base: BaseTensor, dtype: str) -> str | None:
     """The digest that a tensor gave, if it is still the same."""
     tensor = base.owner.tensor
-    seen: _Seen | None = _tensors().get(tensor)
+    with _LOCK:
+        seen: _Seen | None = _tensors().get(tensor)
     digest = None if seen is None else seen.digests.get((name, dtype))
-    if digest is None or not _can_tell(base) or _Seen.of(tensor) != seen:
+    if digest is None or tensor.requires_grad or not _can_tell(base) or _Seen.of(tensor) != seen:
         return None
     return digest
 
@@ -79,14 +84,15 @@ def note(name: str, base: BaseTensor, dtype: str, digest: str) -> None:
     """Note the digest that a tensor gave just now."""
     if _can_tell(base):
         found = _Seen.of(base.owner.tensor)
-        seen: _Seen | None = _tensors().get(base.owner.tensor)
-        if seen is None or seen != found:
-            _tensors()[base.owner.tensor] = seen = found
-        seen.digests[name, dtype] = digest
+        with _LOCK:
+            seen: _Seen | None = _tensors().get(base.owner.tensor)
+            if seen is None or seen != found:
+                _tensors()[base.owner.tensor] = seen = found
+            seen.digests[name, dtype] = digest
 
 
 def _can_tell(base: BaseTensor) -> bool:
-    """Whether a tensor lies in one piece in memory, and nobody trains it or merges into it."""
+    """Whether a tensor lies in one piece in memory, and nothing is merged into it."""
     tensor = base.owner.tensor
     is_plain = base.is_readable and tensor.is_contiguous() and tensor.numel() > 0
-    return is_plain and not tensor.requires_grad and not base.replayed
+    return is_plain and not base.replayed

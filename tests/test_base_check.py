@@ -1,0 +1,109 @@
+"""The large tensors of a base model are compared while it gets its adapter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import peftstate
+from peftstate import _models, errors
+from peftstate.sections import _ahead
+
+pytestmark = pytest.mark.filterwarnings("ignore::peftstate.errors.TrainModeWarning")
+
+
+@pytest.fixture
+def all_large(monkeypatch):
+    """Have every tensor be one that is compared meanwhile."""
+    monkeypatch.setattr(_ahead, "LARGE", 0)
+
+
+@pytest.fixture
+def saved(load_base, with_lora, tmp_path):
+    """The folder of an adapter of a base model in bf16."""
+    with_lora(load_base("bf16")).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def another(load_base):
+    """The base model with one other value."""
+    base = load_base("bf16")
+    base.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    return base
+
+
+def state(model):
+    """What a load could leave behind."""
+    return {
+        "modules": [(name, type(module)) for name, module in model.named_modules()],
+        "flags": [(name, p.requires_grad, p.data_ptr()) for name, p in model.named_parameters()],
+    }
+
+
+def refusal(base, folder, error):
+    """The text with which a load is refused, which leaves the base model alone."""
+    before = state(base)
+    with pytest.raises(error) as caught:
+        peftstate.PeftModel.from_pretrained(base, folder)
+    assert state(base) == before
+    return str(caught.value)
+
+
+def test_another_base_is_refused_in_the_same_words(saved, load_base, monkeypatch):
+    """Whether a tensor was compared before or meanwhile is not to be seen."""
+    before = refusal(another(load_base), saved, errors.BaseModelMismatchError)
+    monkeypatch.setattr(_ahead, "LARGE", 0)
+    meanwhile = refusal(another(load_base), saved, errors.BaseModelMismatchError)
+    assert meanwhile == before
+    assert "base_model.tensors[model.layers.0.mlp.up_proj.weight].digest" in before
+
+
+@pytest.mark.usefixtures("all_large")
+def test_all_differences_are_named(saved, load_base):
+    """Where something else differs, too, the tensors are in the same error."""
+    base = another(load_base)
+    base.config.rms_norm_eps = 0.5
+    text = refusal(base, saved, errors.BaseModelMismatchError)
+    assert "rms_norm_eps" in text
+    assert "up_proj" in text
+
+
+@pytest.mark.usefixtures("all_large")
+def test_an_adapter_that_another_base_cannot_take(saved, load_base, monkeypatch):
+    """What fails on a base model that is not the saved one fails for that reason."""
+
+    def fail(*_, **__):
+        raise ValueError("does not fit")
+
+    monkeypatch.setattr(_models, "wrap", fail)
+    refusal(another(load_base), saved, errors.BaseModelMismatchError)
+    text = refusal(load_base("bf16"), saved, errors.AdapterLoadError)
+    assert text == "adapters: the adapter could not be loaded (ValueError: does not fit)"
+
+
+@pytest.mark.usefixtures("all_large")
+def test_a_base_that_changes_meanwhile_is_refused(saved, load_base, monkeypatch):
+    """What was digested is what the adapter is put into."""
+    monkeypatch.setattr(_ahead.Ahead, "agrees", lambda _: False)
+    text = refusal(load_base("bf16"), saved, errors.RestoreError)
+    assert text == "base_model: the base model changed while its adapter was loaded"
+
+
+@pytest.mark.usefixtures("all_large")
+def test_another_base_can_be_let_through(saved, load_base, logits):
+    """`on_mismatch` makes a warning of it, as ever."""
+    with pytest.warns(errors.StateMismatchWarning, match="up_proj"):
+        model = peftstate.PeftModel.from_pretrained(
+            another(load_base), saved, on_mismatch={"base_model": "warn"}
+        )
+    assert torch.isfinite(logits(model)).all()
+
+
+@pytest.mark.usefixtures("all_large")
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "int8"])
+def test_the_same_base_loads_exactly(kind, load_base, with_lora, logits, tmp_path):
+    """Also where quantized weights, and casts of the base model, are under way."""
+    model = with_lora(load_base(kind))
+    model.save_pretrained(tmp_path)
+    loaded = peftstate.PeftModel.from_pretrained(load_base(kind), tmp_path, is_trainable=False)
+    assert torch.equal(logits(loaded), logits(model.eval()))

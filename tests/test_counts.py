@@ -1,0 +1,97 @@
+"""What a save and a load cost in passes, reads and walks, which no timing would hold."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+import peftstate
+from peftstate import _disk
+from peftstate.sections import _tensors, _walk
+
+pytestmark = pytest.mark.filterwarnings("ignore::peftstate.errors.TrainModeWarning")
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """How often tensors are digested, by shape; files are read, by name; and models walked over."""
+    counted = {"digested": Counter(), "read": Counter(), "walked": 0}
+    digest, read, walk = _tensors.tensor_digest, _disk._read, _walk.sites
+
+    def counting_digest(dtype, shape, data):
+        counted["digested"][dtype, tuple(shape)] += 1
+        return digest(dtype, shape, data)
+
+    def counting_read(path, *arguments):
+        counted["read"][path.name] += 1
+        return read(path, *arguments)
+
+    def counting_walk(model):
+        counted["walked"] += 1
+        return walk(model)
+
+    monkeypatch.setattr(_tensors, "tensor_digest", counting_digest)
+    monkeypatch.setattr(_disk, "_read", counting_read)
+    monkeypatch.setattr(_walk, "sites", counting_walk)
+    return counted
+
+
+def kinds(model, *, of_adapter):
+    """The dtypes and shapes of the tensors of a model's base, or of its adapters, with numbers."""
+    found = Counter()
+    for name, tensor in model.named_parameters():
+        if ("lora_" in name) == of_adapter:
+            found[str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)] += 1
+    return found
+
+
+def test_a_load_passes_over_the_base_once(load_base, with_lora, tmp_path, counts):
+    """Each tensor of the base is digested once, each of the adapter when read and when in place."""
+    with_lora(load_base("bf16")).save_pretrained(tmp_path)
+    base = load_base("bf16")
+    counts["digested"].clear()
+    counts["read"].clear()
+    counts["walked"] = 0
+    model = peftstate.PeftModel.from_pretrained(base, tmp_path, is_trainable=False)
+    base_kinds, adapter_kinds = (kinds(model, of_adapter=is_so) for is_so in (False, True))
+    for kind, number in base_kinds.items():
+        assert counts["digested"][kind] == number, kind
+    for kind, number in adapter_kinds.items():
+        assert counts["digested"][kind] == 2 * number, kind
+    assert counts["read"] == {
+        "adapter_config.json": 1,
+        "adapter_model.safetensors": 1,
+        "peftstate.json": 1,
+        "peftstate.tensors": 1,
+    }
+    assert counts["walked"] <= 7
+
+
+def test_a_further_adapter_passes_over_nothing_but_itself(load_base, with_lora, tmp_path, counts):
+    """The second one on a base model digests no tensor of that."""
+    with_lora(load_base("bf16")).save_pretrained(tmp_path)
+    model = peftstate.PeftModel.from_pretrained(load_base("bf16"), tmp_path, is_trainable=False)
+    adapter = kinds(model, of_adapter=True)
+    counts["digested"].clear()
+    counts["read"].clear()
+    counts["walked"] = 0
+    model.load_adapter(tmp_path, "second")
+    assert {kind: counts["digested"][kind] for kind in adapter} == {
+        kind: 2 * number for kind, number in adapter.items()
+    }
+    base = kinds(model, of_adapter=False).keys() - adapter.keys()
+    assert not base & counts["digested"].keys()
+    assert counts["read"]["adapter_model.safetensors"] == 1
+    assert counts["walked"] <= 7
+
+
+def test_a_save_passes_over_the_base_once(load_base, with_lora, tmp_path, counts):
+    """Each tensor of the base is digested once."""
+    model = with_lora(load_base("bf16"))
+    counts["digested"].clear()
+    counts["walked"] = 0
+    model.save_pretrained(tmp_path)
+    for kind, number in kinds(model, of_adapter=False).items():
+        assert counts["digested"][kind] == number, kind
+    assert counts["walked"] <= 12
