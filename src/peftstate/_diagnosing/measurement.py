@@ -37,6 +37,8 @@ _FINDERS: tuple[Callable[[Pair], Iterator[Difference]], ...] = (
 _NOT_RUNNING = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 """What torch and models raise over tensors and layers that do not go together."""
 
+_PASSED = "the inputs that were passed"
+
 
 @attrs.frozen(kw_only=True)
 class Measurement:
@@ -80,21 +82,14 @@ class Measurement:
             ValueError: No inputs can be made up for this model.
             AdapterLoadError: The exact reload does not run on them, so neither did the saved model.
         """
-        record: PredictionsRecord | None = pair.manifest.sections.get("predictions")
-        stored, words = None, "the inputs that were passed"
-        inputs = probe_inputs(True if probe is None else probe, pair.exact.base)
-        if probe is None and record is not None:
-            inputs, stored = inputs_of(record), record.logits.load()
-            words = "the inputs that were saved"
-        elif probe is None or probe is True:
-            words = f"a row of {LENGTH} ids"
-        exact_logits, reason = _logits(pair.exact, inputs or {})
+        inputs, stored, words = _inputs(pair, probe)
+        exact_logits, reason = _logits(pair.exact, inputs)
         if exact_logits is None:
             raise AdapterLoadError("predictions", f"the exact reload does not run ({reason})")
-        users_logits, failure = _logits(pair.users, inputs or {})
+        users_logits, failure = _logits(pair.users, inputs)
         return cls(
             pair=pair,
-            inputs=inputs or {},
+            inputs=inputs,
             words=words,
             stored=stored,
             exact_logits=exact_logits,
@@ -204,6 +199,16 @@ class Measurement:
                 note="the exact reload against what was predicted when it was saved",
                 in_total=False,
             )
+
+
+def _inputs(pair: Pair, probe: Any) -> tuple[Mapping[str, torch.Tensor], torch.Tensor | None, str]:
+    """What is predicted on, what the saved model predicted on it, and the inputs in words."""
+    record: PredictionsRecord | None = pair.manifest.sections.get("predictions")
+    if probe is None and record is not None:
+        return inputs_of(record) or {}, record.logits.load(), "the inputs that were saved"
+    is_made_up = probe is None or probe is True
+    inputs = probe_inputs(True if is_made_up else probe, pair.exact.base)
+    return inputs or {}, None, f"a row of {LENGTH} ids" if is_made_up else _PASSED
 
 
 def _logits(view: ModelView, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor | None, str]:
