@@ -16,12 +16,16 @@ class PushedModel(PushToHubMixin):
 
     transformers names the commit by the class.
 
-    Attributes:
-        save_pretrained: Saves the model into a folder.
+    Args:
+        save: Saves the model into a folder.
     """
 
-    def __init__(self, save_pretrained: Callable[..., None]) -> None:
-        self.save_pretrained = save_pretrained
+    def __init__(self, save: Callable[..., None]) -> None:
+        self._save = save
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model, as transformers asks for before it uploads."""
+        self._save(*args, **kwargs)
 
 
 def with_parameters_of_push(method: F) -> F:
