@@ -79,6 +79,7 @@ def test_the_exit_code_and_the_traceback_are_the_scripts(tmp_path):
     [
         ([], "say what to run: a script, or -m and a module"),
         (["nothing.py"], "there is no script 'nothing.py'"),
+        (["--trusted-key", "no.pem", "-m", "json"], "No such file or directory: 'no.pem'"),
         (["--on-mismatch", "weights=warn", "-m", "json"], "there is no section 'weights'"),
         (["--on-mismatch", "loud", "-m", "json"], "'loud' is none of ('error', 'warn', 'ignore')"),
         (

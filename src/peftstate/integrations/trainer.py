@@ -41,8 +41,9 @@ class PeftStateCallback(TrainerCallback):
 
     Args:
         sign_with: The private key to sign each checkpoint with when it is complete, as `sign` takes
-            it; only the main process signs. A push by the trainer comes before. What `save_model`
-            writes, and what is pushed, is for `sign` to sign.
+            it. A push by the trainer comes before. What `save_model` writes, and what is pushed, is
+            for `sign` to sign; so are checkpoints of several processes, of which a slower one may
+            write its file later.
     """
 
     def __init__(self, *, sign_with: SigningKey | None = None) -> None:
