@@ -135,6 +135,17 @@ def test_pyfunc_comes_back_as_it_was(components, base, tmp_path):
     assert served.predict(["An old clock"]) == [expected]
 
 
+@pytest.mark.parametrize("device", [-1, "cpu"])
+def test_a_device_is_taken(device, components, base, tmp_path, logits):
+    """With one, MLflow would try to load the base model with fewer arguments."""
+    register()
+    made = components("nf4")
+    expected = logits(made["model"])
+    save(made, tmp_path / "artifact", base)
+    loaded = mlflow.transformers.load_model(str(tmp_path / "artifact"), device=device)
+    assert torch.equal(logits(loaded.model), expected)
+
+
 def test_another_base_model_is_refused(components, base, load_base, tmp_path):
     """Base models that changed since are an error, unless it was said to be none."""
     register()

@@ -30,6 +30,8 @@ _FLAVOR: Any = importlib.import_module("mlflow.transformers")
 """The module itself: `mlflow.transformers` may be a stand-in that loads it later."""
 _ADAPTER = "peft_adaptor"
 """The key of MLflow's flavor that names the folder of the adapter in the artifact."""
+_CPU = -1
+"""What transformers' pipelines call the CPU."""
 _MARK = "__peftstate__"
 _recorded: ContextVar[Mapping[str, Any]] = ContextVar(
     "peftstate_mlflow", default=MappingProxyType({})
@@ -103,7 +105,10 @@ def _manifest_of(artifact: str, adapter: str | None) -> Iterator[None]:
 
 
 def _as_recorded(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The load of a base model, which tries the arguments for accelerate first."""
+    """The load of a base model, which tries the arguments for accelerate first.
+
+    If `from_pretrained` does not take them, as it takes no device, it tries fewer.
+    """
 
     @functools.wraps(original)
     def _load_model(
@@ -116,6 +121,9 @@ def _as_recorded(original: Callable[..., Any]) -> Callable[..., Any]:
         recorded = dict(_recorded.get())
         revision = recorded.pop("revision", revision)
         conf = {**accelerate_conf, **recorded}
+        if recorded and "device" in conf:
+            place = conf.pop("device")
+            conf["device_map"] = {"": "cpu" if place == _CPU else place}
         return original(model_name_or_path, flavor_conf, conf, device, revision)
 
     return _load_model
