@@ -212,7 +212,7 @@ def test_llama_factorys_conversion_of_pissa(wrapped, load_base, logits, tmp_path
 
 
 def unsloths_patch(original):
-    """A wrapper over `PeftModel.save_pretrained` that writes the PEFT config anew afterwards.
+    """A wrapper over `PeftModel.save_pretrained` that adds to the PEFT config afterwards.
 
     unsloth_zoo 2026.10.9, temporary_patches/moe_utils.py:4930-4993
     """
@@ -224,7 +224,8 @@ def unsloths_patch(original):
         with open(path, encoding="utf-8") as file:  # noqa: PTH123
             config = json.load(file)
         with open(path + ".tmp", "w", encoding="utf-8") as file:  # noqa: PTH123
-            json.dump(config, file, indent=2, sort_keys=True)
+            marked = {**config, "unsloth_fused_expert_lora": {"lora_B_layout": "peft"}}
+            json.dump(marked, file, indent=2, sort_keys=True)
         os.replace(path + ".tmp", path)  # noqa: PTH105
         save_pretrained.calls += 1
         return result
@@ -233,6 +234,7 @@ def unsloths_patch(original):
     return save_pretrained
 
 
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning")  # PEFT, of the mark
 @pytest.mark.parametrize("first", ["Unsloth", "install"])
 @pytest.mark.parametrize("shape", ["axolotl, at the end", "Unsloth, unbound"])
 def test_unsloths_patch_composes(first, shape, wrapped, load_base, tmp_path):

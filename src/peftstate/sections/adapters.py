@@ -32,9 +32,11 @@ NOT_IN_CONFIG = frozenset(
         "auto_mapping",  # set by PEFT while it writes
         "base_model_name_or_path",  # where it was found, not what it is
         "inference_mode",  # is in `training`; PEFT writes true whatever it was
+        "lora_B_layout",  # Unsloth's mark of fused experts, which PEFT passes over
         "peft_version",  # is in `environment`
         "revision",  # is in `base_model`
         "runtime_config",  # how to load, not what
+        "unsloth_fused_expert_lora",  # likewise Unsloth's
     }
 )
 """Fields of a PEFT config that are no part of the record."""
