@@ -51,7 +51,16 @@ MAY_BE_HEAVY = {
     "sections",
 }
 """The modules and packages that may import them at all."""
-BELOW_SECTIONS = {"_codec", "_diff", "_digest", "_snapshot", "_warn", "errors", "sections"}
+BELOW_SECTIONS = {
+    "_codec",
+    "_diff",
+    "_digest",
+    "_modules",
+    "_snapshot",
+    "_warn",
+    "errors",
+    "sections",
+}
 """What sections may import of ours."""
 
 

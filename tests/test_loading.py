@@ -8,6 +8,7 @@ import attrs
 import peft
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, prepare_model_for_kbit_training
 
 import peftstate
@@ -265,3 +266,21 @@ def test_an_adapter_that_is_replaced_keeps_its_parameters(load_base, with_lora, 
     model.load_adapter(tmp_path, "default", is_trainable=True)
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
     assert peftstate.verify(model, tmp_path).of("adapters").ok
+
+
+def test_no_placeholder_is_left_in_a_model(load_base, with_lora, tmp_path):
+    """Where another base model is let through that the weights do not fit, the load fails."""
+    with_lora(load_base("bf16")).save_pretrained(tmp_path)
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=64
+    )
+    base = transformers.LlamaForCausalLM(config).bfloat16()
+    with pytest.raises(errors.AdapterLoadError) as caught:
+        peftstate.PeftModel.from_pretrained(base, tmp_path, on_mismatch="ignore")
+    assert str(caught.value) == (
+        "adapters: the model takes a tensor of shape [4, 32] as "
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, the adapter has one of "
+        "shape [4, 64]; the base model is another one"
+    )
+    assert not any(tensor.is_meta for tensor in base.parameters())
+    assert type(base.model.layers[0].mlp.down_proj) is torch.nn.Linear

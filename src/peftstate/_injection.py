@@ -19,7 +19,7 @@ from torch import nn
 
 from peftstate._codec import dumps
 from peftstate._storage import ADAPTER_CONFIG_NAME
-from peftstate.errors import RestoreError
+from peftstate.errors import AdapterLoadError, RestoreError
 from peftstate.sections import extra_tensors
 from peftstate.sections._adapter_tensors import adapter_tensors, live_tensors
 from peftstate.sections._tensors import aligned, tensor_record
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from peftstate.manifest import Manifest
     from peftstate.sections._view import ModelView
     from peftstate.sections._walk import TensorSite
+    from peftstate.sections.adapters import AdapterRecord
 
 
 def set_tensors(
@@ -42,26 +43,42 @@ def set_tensors(
     which the sidecar is read. All that comes before an adapter is merged into the base model.
     A tensor that is right already stays as it is, for it may share its memory with another one.
 
-    Placeholders on the meta device are put on that of the base model, which is on one only.
+    Raises:
+        AdapterLoadError: A weight has no place, or a placeholder no weight.
     """
-    device = next((tensor.device for tensor in view.base.parameters()), torch.device("cpu"))
-    records = manifest.sections["adapters"].adapters
     for saved, read in files.items():
-        now = view.now()
-        targets = adapter_tensors(
-            now, saved, embeddings=records[saved].embeddings_saved, names=read.tensors.keys()
-        ).saved
-        waiting = {id(site.tensor): site for site in now.tensors() if site.tensor.is_meta}
-        for name, target in targets.items():
-            tensor = read.tensors[name]
-            if target.shape != tensor.shape:
-                continue  # the comparison afterwards names it
-            if id(target) in waiting:
-                _put(waiting[id(target)], tensor, device)
-            elif tensor_record(target) != records[saved].tensors[name]:
-                _set(target, tensor)
+        _set_adapter(view.now(), saved, read, manifest.sections["adapters"].adapters[saved])
     if extra_tensors.SECTION in plan.sections(view, manifest):
         extra_tensors.restore_adapters(manifest.sections["extra_tensors"], view)
+
+
+def _set_adapter(view: ModelView, saved: str, read: AdapterFiles, record: AdapterRecord) -> None:
+    """Set the tensors of one adapter.
+
+    Placeholders on the meta device are put on that of the base model, which is on one only.
+    """
+    targets = adapter_tensors(
+        view, saved, embeddings=record.embeddings_saved, names=read.tensors.keys()
+    ).saved
+    sites = (site for site in view.tensors() if site.adapter == view.adapters[saved])
+    waiting = {id(site.tensor): site for site in sites if site.tensor.is_meta}
+    device = next((tensor.device for tensor in view.base.parameters()), torch.device("cpu"))
+    for name, target in targets.items():
+        tensor = read.tensors[name]
+        if target.shape != tensor.shape:
+            continue  # told below, or by the comparison afterwards
+        if id(target) in waiting:
+            _put(waiting.pop(id(target)), tensor, device)
+        elif tensor_record(target) != record.tensors[name]:
+            _set(target, tensor)
+    for site in waiting.values():
+        own = read.tensors.get(site.name)
+        found = "none of that name" if own is None else f"one of shape {list(own.shape)}"
+        raise AdapterLoadError(
+            "adapters",
+            f"the model takes a tensor of shape {list(site.tensor.shape)} as {site.name}, the "
+            f"adapter has {found}; the base model is another one",
+        )
 
 
 def _set(target: torch.Tensor, tensor: torch.Tensor) -> None:

@@ -134,8 +134,6 @@ def add(model: peft.PeftModel, config: PeftConfig, name: str) -> Any:
     """
     config.inference_mode = True
     with calling_peft():
-        peft.PeftModel.add_adapter(
-            model, name, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False
-        )
+        peft.PeftModel.add_adapter(model, name, config, low_cpu_mem_usage=True)
         model.eval()
     return torch.nn.modules.module._IncompatibleKeys([], [])

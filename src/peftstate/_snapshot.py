@@ -9,6 +9,8 @@ import attrs
 import torch
 from torch import nn
 
+from peftstate._modules import modules_of
+
 
 @attrs.frozen
 class _Attributes:
@@ -80,10 +82,11 @@ class Snapshot:
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
         """Take a snapshot."""
-        tensors = {id(tensor): tensor for tensor in _tensors(model)}
-        owners = [*model.modules(), *_configs(model), *_peft_configs(model)]
+        modules = modules_of(model)
+        tensors = {id(tensor): tensor for module in modules for tensor in _tensors(module)}
+        owners = [*modules, *_configs(model), *_peft_configs(model)]
         inner = [getattr(tensor, "quant_state", None) for tensor in tensors.values()]
-        inner += [getattr(module, "state", None) for module in model.modules()]  # of 8-bit layers
+        inner += [getattr(module, "state", None) for module in modules]  # of 8-bit layers
         owners += [
             owner
             for owner in (*tensors.values(), *inner)
@@ -108,10 +111,10 @@ class Snapshot:
             tensor.requires_grad_(requires_grad)
 
 
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """All parameters and buffers."""
-    yield from model.parameters()
-    yield from model.buffers()
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """The parameters and buffers of one module itself."""
+    held = (*module._parameters.values(), *module._buffers.values())
+    return (tensor for tensor in held if tensor is not None)
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -115,9 +116,20 @@ def with_tensors(record: Any, found: Mapping[str, torch.Tensor]) -> Any:
     return record
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype in a manifest: ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
+
+
+@cache
+def _dtypes() -> dict[str, torch.dtype]:
+    """The dtypes of this torch by their names."""
+    import torch
+
+    return {
+        dtype_name(value): value for value in vars(torch).values() if type(value) is torch.dtype
+    }
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -128,9 +140,7 @@ def dtype_named(name: str) -> torch.dtype:
     """
     import torch
 
-    known = {
-        dtype_name(value): value for value in vars(torch).values() if type(value) is torch.dtype
-    }
+    known = _dtypes()
     if name not in known:
         raise ValueError(f"there is no dtype {name!r} in torch {torch.__version__}")
     return known[name]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from peftstate._diff import Json
+from peftstate._modules import modules_of
 from peftstate._warn import warn
 from peftstate.errors import AdapterMismatchError, UnverifiedWarning
 from peftstate.sections import _merges
@@ -163,7 +164,7 @@ def _is_merged_in_part(model: nn.Module) -> bool:
     """Whether an adapter is merged into some of the layers that have it, and into others not."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [module for module in modules_of(model) if isinstance(module, BaseTunerLayer)]
     merged = {name for layer in layers for name in layer.merged_adapters}
     return any(
         set(layer.merged_adapters) != merged & layer._get_available_adapters() for layer in layers
@@ -305,7 +306,7 @@ def tuner_layers(model: nn.Module) -> list[nn.Module]:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return [module for module in model.modules() if isinstance(module, kinds)]
+    return [module for module in modules_of(model) if isinstance(module, kinds)]
 
 
 def _enabled(model: Any) -> bool:
