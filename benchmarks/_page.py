@@ -13,6 +13,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 
@@ -57,12 +58,24 @@ def _row(cells: Sequence[str]) -> str:
 
 def machine() -> str:
     """What a benchmark ran on: cores, versions, and the commit."""
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "peftstate")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    found = environment()
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return (
-        f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, "
-        f"{versions}, commit {_commit()}"
+        f"{found['cores']} cores ({found['machine']}), Python {found['python']}, {versions}, "
+        f"commit {found['commit']}"
     )
+
+
+def environment() -> dict[str, Any]:
+    """The same for a program."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "peftstate")
+    return {
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "commit": _commit(),
+    }
 
 
 def _commit() -> str:

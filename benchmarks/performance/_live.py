@@ -1,0 +1,53 @@
+"""Loads onto a bare base model, and saves."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+
+from benchmarks._generations import silently
+from benchmarks.fidelity._libraries import PEFT, PEFTSTATE, Library
+from benchmarks.performance._measure import Comparison, Sample, alternately, timed
+from benchmarks.performance._workloads import Bench
+
+WRITTEN = {
+    PEFT.name: {"adapter_config.json", "adapter_model.safetensors"},
+    PEFTSTATE.name: {"adapter_config.json", "adapter_model.safetensors", "peftstate.json"},
+}
+"""What must be in a folder after a save."""
+
+
+def load(bench: Bench, repetitions: int) -> Comparison:
+    """`from_pretrained` onto a base model that has no adapter."""
+    runs = {library.name: partial(bench.load, library) for library in (PEFT, PEFTSTATE)}
+    found = alternately(runs, repetitions)
+    return Comparison(found[PEFT.name], found[PEFTSTATE.name])
+
+
+def save(bench: Bench, repetitions: int) -> tuple[Comparison, Comparison]:
+    """`save_pretrained` of a model that was just loaded, and once more when nothing changed."""
+    runs = {library.name: partial(_save_twice, bench, library) for library in (PEFT, PEFTSTATE)}
+    found = alternately(runs, repetitions)
+    first, second = (
+        Comparison(
+            *(tuple(run[number] for run in found[library.name]) for library in (PEFT, PEFTSTATE))
+        )
+        for number in range(2)
+    )
+    return first, second
+
+
+def _save_twice(bench: Bench, library: Library) -> tuple[Sample, Sample]:
+    """Save a model into a new folder, and again into the same one.
+
+    Raises:
+        RuntimeError: A file is missing.
+    """
+    folder = bench.adapter.with_name("saved")
+    with bench.loaded(library) as (model, _), silently():
+        first, second = (timed(partial(library.save, model, folder))[1] for _ in range(2))
+    missing = WRITTEN[library.name] - {file.name for file in folder.iterdir()}
+    if missing:
+        raise RuntimeError(f"{library.name} has not written {missing}")
+    shutil.rmtree(folder)
+    return first, second

@@ -1,0 +1,193 @@
+"""The measurements of a run, one after the other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+
+from benchmarks.fidelity._libraries import PEFT
+from benchmarks.performance import _growth, _hot, _live, _memory, _processes, _rates, profile
+from benchmarks.performance._growth import Growth
+from benchmarks.performance._results import Memory, Profile, Results, Timing
+from benchmarks.performance._workloads import (
+    GEMMA_BF16,
+    GEMMA_NF4,
+    LARGE,
+    MEDIUM,
+    TINY,
+    Bench,
+    Workload,
+)
+
+
+@attrs.frozen(kw_only=True)
+class Extent:
+    """How much is measured.
+
+    Attributes:
+        command: What is typed for it.
+        workloads: What is loaded and saved.
+        memory: The paths whose memory is measured, each with one of the workloads.
+        repetitions: How many runs count; `None`: as many as the workload says.
+        processes: How many runs of processes count.
+        profiled: How many runs of a profile count.
+        live: The numbers of adapters that a further one is loaded beside.
+        verified: How many adapters are verified together.
+        ranks: Of growing adapters.
+        widths: Of growing base models.
+        together: Numbers of adapters in one folder.
+        sections: Numbers of sections; `None`: from none to all.
+        grown: How many runs of each point of a growth count.
+    """
+
+    command: str
+    workloads: tuple[Workload, ...]
+    memory: tuple[tuple[str, Workload], ...]
+    repetitions: int | None = None
+    processes: int = 9
+    profiled: int = 5
+    live: tuple[int, ...] = _hot.COUNTS
+    verified: int = 1000
+    ranks: tuple[int, ...] = _growth.RANKS
+    widths: tuple[int, ...] = _growth.WIDTHS
+    together: tuple[int, ...] = _growth.ADAPTERS
+    sections: tuple[int, ...] | None = None
+    grown: int = 3
+
+    def runs_of(self, workload: Workload) -> int:
+        """How many runs of a workload count."""
+        return workload.repetitions if self.repetitions is None else self.repetitions
+
+
+SYNTHETIC = Extent(
+    command="make bench",
+    workloads=(TINY, LARGE),
+    memory=(("load", LARGE), ("save", LARGE), ("adapters", TINY)),
+)
+WITH_GEMMA = Extent(
+    command="make bench-gemma",
+    workloads=(TINY, GEMMA_BF16, GEMMA_NF4, LARGE),
+    memory=(
+        *((path, each) for path in ("load", "save") for each in (GEMMA_BF16, GEMMA_NF4, LARGE)),
+        ("adapters", TINY),
+    ),
+)
+QUICK = Extent(
+    command="python -m benchmarks.performance --quick",
+    workloads=(TINY,),
+    repetitions=1,
+    processes=1,
+    profiled=1,
+    memory=(("load", TINY),),
+    live=(1, 3),
+    verified=3,
+    ranks=(4, 8),
+    widths=(256, 512),
+    together=(1, 2),
+    sections=(0, 13),
+    grown=1,
+)
+
+
+def measure(extent: Extent, folder: Path) -> Results:
+    """Measure all of it.
+
+    Args:
+        extent: How much.
+        folder: An empty folder, for models and adapters.
+    """
+    timings: list[Timing] = []
+    profiles: list[Profile] = []
+    rates = _rates.measure(extent.profiled)
+    for workload in extent.workloads:
+        _say(workload.title)
+        bench = Bench.make(workload, folder / workload.name)
+        timings += _of_bench(bench, workload, extent.runs_of(workload))
+        profiles.append(_profile(bench, workload, extent.profiled))
+        del bench  # before the next one is made
+    _say("further adapters")
+    timings += _of_server(folder / "hot", extent)
+    _say("processes")
+    medium = Bench.make(MEDIUM, folder / MEDIUM.name).adapter
+    timings += _of_starts(medium, extent.processes)
+    tree = _processes.verify_tree(
+        folder / "hot", folder / "tree", extent.verified, min(extent.processes, 5)
+    )
+    _say("memory")
+    memory = [_memory_of(path, workload, folder) for path, workload in extent.memory]
+    _say("growth")
+    return Results(
+        command=extent.command,
+        rates=rates,
+        timings=tuple(timings),
+        tree=tree,
+        memory=tuple(memory),
+        profiles=tuple(profiles),
+        growths=tuple(_growths(folder, extent)),
+    )
+
+
+def _say(what: str) -> None:
+    """Show how far the run is."""
+    print(f"{what} …", file=sys.stderr, flush=True)
+
+
+def _of_bench(bench: Bench, workload: Workload, repetitions: int) -> Iterator[Timing]:
+    """Loads and saves of a workload."""
+    first, second = _live.save(bench, repetitions)
+    for path, situation, times in (
+        ("from_pretrained", "", _live.load(bench, repetitions)),
+        ("save_pretrained", "", first),
+        ("save_pretrained", ", saved before, nothing changed", second),
+    ):
+        title = workload.title + situation
+        yield Timing(path=path, workload=title, against=PEFT.name, times=times)
+
+
+def _profile(bench: Bench, workload: Workload, repetitions: int) -> Profile:
+    """Where the time of a workload goes."""
+    return Profile(
+        workload=workload.title,
+        base_bytes=bench.base_bytes,
+        adapter_bytes=bench.adapter_bytes,
+        steps={
+            name: profile.medians(path, bench, repetitions) for name, path in profile.PATHS.items()
+        },
+    )
+
+
+def _memory_of(path: str, workload: Workload, folder: Path) -> Memory:
+    """The memory of a path on a workload."""
+    peft, ours = _memory.measure(path, workload, folder / workload.name)
+    return Memory(path=path, workload=workload.title, peft=peft, ours=ours)
+
+
+def _of_server(folder: Path, extent: Extent) -> Iterator[Timing]:
+    """Further adapters on a live model."""
+    for count, times in _hot.load_adapter(TINY, folder, extent.runs_of(TINY), extent.live):
+        title = f"{TINY.title}, beside {count:,}"
+        yield Timing(path="load_adapter", workload=title, against=PEFT.name, times=times)
+
+
+def _of_starts(adapter: Path, repetitions: int) -> Iterator[Timing]:
+    """Imports, and the verification of one adapter."""
+    runs = _processes.starts(adapter, repetitions)
+    size = sum(file.stat().st_size for file in adapter.iterdir())
+    for name, workload in (
+        (_processes.PYTHON, "the start of Python alone"),
+        (_processes.IMPORT, ""),
+        (_processes.VERIFY, f"an adapter of {size / 1e6:.0f} MB"),
+    ):
+        times = _processes.against_peft(runs, name)
+        yield Timing(path=name, workload=workload, against=_processes.IMPORT_PEFT, times=times)
+
+
+def _growths(folder: Path, extent: Extent) -> Iterator[Growth]:
+    """How loads grow."""
+    yield _growth.with_adapter(folder, extent.grown, extent.ranks)
+    yield _growth.with_base(folder, extent.grown, extent.widths)
+    yield _growth.with_adapters(folder, extent.grown, extent.together)
+    yield _growth.with_sections(folder, extent.grown, extent.sections)
