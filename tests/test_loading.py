@@ -284,3 +284,29 @@ def test_no_placeholder_is_left_in_a_model(load_base, with_lora, tmp_path):
     )
     assert not any(tensor.is_meta for tensor in base.parameters())
     assert type(base.model.layers[0].mlp.down_proj) is torch.nn.Linear
+
+
+def test_layers_that_have_other_names_now_are_left_to_peft(tmp_path):
+    """PEFT knows layers by the names that they had in older releases of transformers."""
+    old = torch.nn.ModuleDict({"first": torch.nn.Linear(4, 4)})
+    new = torch.nn.ModuleDict({"second": torch.nn.Linear(4, 4)})
+    new._checkpoint_conversion_mapping = {"^first": "second"}
+    config = LoraConfig(r=2, target_modules="first|second", init_lora_weights=False)
+    saved = peftstate.get_peft_model(old, config)
+    saved.save_pretrained(tmp_path)
+    allowed = {"base_model": "warn", "adapters": "warn", "dtype": "warn", "training": "warn"}
+    with pytest.warns(errors.StateMismatchWarning):
+        loaded = peftstate.PeftModel.from_pretrained(new, tmp_path, on_mismatch=allowed)
+    theirs = saved.base_model.model["first"].lora_B["default"].weight
+    assert torch.equal(loaded.base_model.model["second"].lora_B["default"].weight, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights:UserWarning")
+def test_pefts_checks_of_a_further_adapter_are_made(load_base, with_lora, tmp_path):
+    """PEFT warns of adapters beside one that rewrote the base model, also if it loads nothing."""
+    with_lora(load_base()).save_pretrained(tmp_path)
+    model = with_lora(load_base(), init_lora_weights="pissa")
+    with pytest.raises(errors.BaseModelMismatchError):
+        model.load_adapter(tmp_path, "more")
+    with pytest.warns(UserWarning, match="PiSSA changes the base weights"):
+        model.load_adapter(tmp_path, "more", on_mismatch={"base_model": "ignore"})

@@ -31,18 +31,17 @@ def suffice(source: Source, base: nn.Module, names: Collection[str]) -> bool:
 
     That holds for LoRA without any of its variants; what other tuners and the variants make beside
     the weights in the file is not to be had in this way. The names of the weights must not be in
-    doubt, which an adapter's name that is in the names of modules makes them; nor the device that
-    each belongs to, where a base model is on several.
+    doubt, which an adapter's name that is in the names of modules makes them, and layers that have
+    other names now; nor the device that each belongs to, where a base model is on several.
 
     Args:
         source: What was read.
         base: The base model; adapters may be injected in it.
         names: The names of the adapters in the model.
     """
+    modules = dict(base.named_modules())
     if hasattr(base, "hf_device_map") or any(
-        f".{name}" in f".{path}{_AFTER_MODULES}"
-        for path, _ in base.named_modules()
-        for name in names
+        f".{name}" in f".{path}{_AFTER_MODULES}" for path in modules for name in names
     ):
         return False
     devices = {tensor.device for tensor in base.parameters()}
@@ -52,7 +51,7 @@ def suffice(source: Source, base: nn.Module, names: Collection[str]) -> bool:
     extra = source.manifest.sections["extra_tensors"].adapters
     return all(
         _is_plain_lora(files.config)
-        and all(".lora_" in key for key in files.tensors)  # not biases, nor embeddings of the base
+        and all(_layer_of(key) in modules for key in files.tensors)
         and not records[name].unsaved
         and not extra.get(name)
         for name, files in source.adapters.items()
@@ -61,6 +60,15 @@ def suffice(source: Source, base: nn.Module, names: Collection[str]) -> bool:
 
 _AFTER_MODULES = ".base_model.lora_A.lora_B.lora_embedding_A.lora_embedding_B.weight.bias"
 """What else may stand in the name of a tensor of LoRA."""
+
+
+def _layer_of(key: str) -> str | None:
+    """The layer that a weight of LoRA is for; `None` of a bias or an embedding of the base model.
+
+    PEFT may know another name for it (`_checkpoint_conversion_mapping`) where there is no such one.
+    """
+    layer, found, _ = key.removeprefix("base_model.model.").partition(".lora_")
+    return layer if found else None
 
 
 def _is_plain_lora(config: Mapping[str, Json]) -> bool:
@@ -134,6 +142,7 @@ def add(model: peft.PeftModel, config: PeftConfig, name: str) -> Any:
     """
     config.inference_mode = True
     with calling_peft():
+        model._check_new_adapter_config(config, is_trainable=False)
         peft.PeftModel.add_adapter(model, name, config, low_cpu_mem_usage=True)
         model.eval()
     return torch.nn.modules.module._IncompatibleKeys([], [])
