@@ -89,7 +89,8 @@ DIFFERENCES = (
 QUICK: Mapping[str, str] = {
     "test_adaption_prompt.py": "",
     "test_auto.py": "",
-    "test_custom_models.py": r"::test_(save_pretrained|load_\w+)\[.*MLP.*1",
+    "test_custom_models.py": r"::test_(save_pretrained|load_\w+)\[.*MLP.*1"
+    r"|::test_save_load_roundtrip\[(?!.*MLP).* 1 ",
     "test_helpers.py": "",
     "test_initialization.py": "",
     "test_lora_conversion.py": "",
