@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::peftstate.errors.TrainModeWarni
 def counts(monkeypatch):
     """How often tensors are digested, by shape; files are read, by name; and models walked over."""
     counted = {"digested": Counter(), "read": Counter(), "walked": 0}
-    digest, read, walk = _tensors.tensor_digest, _disk._read, _walk.sites
+    digest, read, walk = _tensors.pieces_digest, _disk._read, _walk.sites
 
     def counting_digest(dtype, shape, data):
         counted["digested"][dtype, tuple(shape)] += 1
@@ -31,7 +31,7 @@ def counts(monkeypatch):
         counted["walked"] += 1
         return walk(model)
 
-    monkeypatch.setattr(_tensors, "tensor_digest", counting_digest)
+    monkeypatch.setattr(_tensors, "pieces_digest", counting_digest)
     monkeypatch.setattr(_disk, "_read", counting_read)
     monkeypatch.setattr(_walk, "sites", counting_walk)
     return counted

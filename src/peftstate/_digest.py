@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from blake3 import blake3
@@ -27,8 +27,14 @@ def tensor_digest(dtype: str, shape: Sequence[int], data: Buffer) -> str:
     Returns:
         64 lower-case hexadecimal digits.
     """
+    return pieces_digest(dtype, shape, (data,))
+
+
+def pieces_digest(dtype: str, shape: Sequence[int], pieces: Iterable[Buffer]) -> str:
+    """The digest of a tensor whose bytes come in pieces, each looked at before the next is made."""
     hasher = blake3(f"{dtype}{list(shape)}\n".encode())
-    hasher.update(data)
+    for piece in pieces:
+        hasher.update(piece)
     return hasher.hexdigest()
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from peftstate._storage import ADAPTER_CONFIG_NAME
 from peftstate.errors import AdapterLoadError, RestoreError
 from peftstate.sections import extra_tensors
 from peftstate.sections._adapter_tensors import adapter_tensors, live_tensors
-from peftstate.sections._tensors import aligned, tensor_record
+from peftstate.sections._tensors import aligned, in_threads, tensor_record
 
 if TYPE_CHECKING:
     from peftstate._source import AdapterFiles, Source
@@ -62,15 +62,14 @@ def _set_adapter(view: ModelView, saved: str, read: AdapterFiles, record: Adapte
     ).saved
     sites = (site for site in view.tensors() if site.adapter == view.adapters[saved])
     waiting = {id(site.tensor): site for site in sites if site.tensor.is_meta}
-    device = next((tensor.device for tensor in view.base.parameters()), torch.device("cpu"))
-    for name, target in targets.items():
-        tensor = read.tensors[name]
-        if target.shape != tensor.shape:
-            continue  # told below, or by the comparison afterwards
-        if id(target) in waiting:
-            _put(waiting.pop(id(target)), tensor, device)
-        elif tensor_record(target) != record.tensors[name]:
-            _set(target, tensor)
+    fitting = {
+        name: target for name, target in targets.items() if target.shape == read.tensors[name].shape
+    }
+    placed = [(waiting.pop(id(t)), read.tensors[n]) for n, t in fitting.items() if id(t) in waiting]
+    _put_all(placed, next((t.device for t in view.base.parameters()), torch.device("cpu")))
+    for name, target in fitting.items():
+        if not target.is_meta and tensor_record(target) != record.tensors[name]:
+            _set(target, read.tensors[name])
     for site in waiting.values():
         own = read.tensors.get(site.name)
         found = "none of that name" if own is None else f"one of shape {list(own.shape)}"
@@ -91,10 +90,12 @@ def _set(target: torch.Tensor, tensor: torch.Tensor) -> None:
     target.data = torch.empty_like(target, dtype=tensor.dtype).copy_(tensor)
 
 
-def _put(site: TensorSite, tensor: torch.Tensor, device: torch.device) -> None:
-    """Put a tensor in the place of one on the meta device."""
-    data = aligned(tensor).to(device)
-    site.module._parameters[site.leaf] = nn.Parameter(data, site.tensor.requires_grad)
+def _put_all(placed: Sequence[tuple[TensorSite, torch.Tensor]], device: torch.device) -> None:
+    """Put tensors in the places of some on the meta device."""
+    copies = in_threads((tensor for _, tensor in placed), aligned)
+    for (site, _), data in zip(placed, copies, strict=True):
+        parameter = nn.Parameter(data.to(device), site.tensor.requires_grad)
+        site.module._parameters[site.leaf] = parameter
 
 
 @contextmanager

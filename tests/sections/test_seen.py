@@ -19,13 +19,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::peftstate.errors.TrainModeWarni
 def digested(monkeypatch):
     """The shapes of all tensors that are digested."""
     shapes = []
-    original = _tensors.tensor_digest
+    original = _tensors.pieces_digest
 
     def counting(dtype, shape, data):
         shapes.append(tuple(shape))
         return original(dtype, shape, data)
 
-    monkeypatch.setattr(_tensors, "tensor_digest", counting)
+    monkeypatch.setattr(_tensors, "pieces_digest", counting)
     return shapes
 
 
@@ -88,6 +88,7 @@ def test_a_load_onto_a_base_reads_all_of_it(live, load_base, digested):
     """Only a live model's further adapters rely on what was seen."""
     model, folder = live
     base = model.unload()
+    vars(base).pop("peft_config", None)  # which older releases of PEFT leave there
     digested.clear()
     peftstate.PeftModel.from_pretrained(base, folder, is_trainable=False)
     assert tuple(base.get_input_embeddings().weight.shape) in digested

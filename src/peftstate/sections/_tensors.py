@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from peftstate._codec import NOT_JSON
-from peftstate._digest import tensor_digest
+from peftstate._digest import pieces_digest
+from peftstate.sections._host_bytes import host_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -188,7 +189,7 @@ def digest(tensor: torch.Tensor, dtype: str | None = None, *, sampled: bool = Fa
     if sampled and raw.numel() > SAMPLED_BYTES * SAMPLED_PLACES:
         raw = _sample(raw)
     name, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
-    return tensor_digest(name, shape, raw.cpu().numpy().data)
+    return pieces_digest(name, shape, host_bytes(raw))
 
 
 def _sample(raw: torch.Tensor) -> torch.Tensor:
