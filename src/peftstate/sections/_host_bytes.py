@@ -30,10 +30,10 @@ def _from_cuda(raw: torch.Tensor) -> Iterator[Buffer]:
     """The pieces of a run of bytes on a CUDA device, by way of pinned memory."""
     import torch
 
-    pieces = raw.split(CHUNK)
+    pieces = raw.split(CHUNK)  # type: ignore[no-untyped-call]
     sizes = [piece.numel() for piece in pieces[:2]]
     buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
-    stream = torch.cuda.Stream(raw.device)
+    stream = torch.cuda.Stream(raw.device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(raw.device))  # which may be writing the tensor
 
     def copy(index: int) -> tuple[torch.Tensor, torch.cuda.Event]:
