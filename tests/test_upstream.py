@@ -224,6 +224,7 @@ def test_implementations_of_experts_are_known():
 OF_OTHER_VERSIONS = {
     "_attn_implementation_autoset": "transformers 4",
     "attn_implementation": "transformers 4, in files",
+    "lora_B_layout": "Unsloth, in files",
     "decoder_start_token_id": "a field of models with a decoder only",
     "rope_local_base_freq": "transformers 4",
     "rope_parameters": "transformers 5",
@@ -234,6 +235,7 @@ OF_OTHER_VERSIONS = {
     "peft_version": "PEFT 0.18",
     "sep_token_id": "a field of all configs in transformers 4",
     "torch_dtype": "transformers 4",
+    "unsloth_fused_expert_lora": "Unsloth, in files",
 }
 """Names that not all versions, or not all models, have."""
 
