@@ -35,7 +35,7 @@ _HOMES = {
     "PeftStateCallback": "integrations.trainer",
     "Report": "_report",
     "attach": "_models",
-    "base_model_kwargs": "_auto",
+    "base_model_kwargs": "_rebuilding",
     "capture": "_api",
     "diagnose": "_diagnosing.run",
     "diff": "_files",
@@ -79,7 +79,6 @@ if TYPE_CHECKING:
     from peftstate._auto import (
         AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
     )
-    from peftstate._auto import base_model_kwargs as base_model_kwargs
     from peftstate._diagnosing.run import diagnose as diagnose
     from peftstate._diagnosis import Cause as Cause
     from peftstate._diagnosis import Diagnosis as Diagnosis
@@ -103,6 +102,7 @@ if TYPE_CHECKING:
     from peftstate._models import PeftModelForTokenClassification as PeftModelForTokenClassification
     from peftstate._models import attach as attach
     from peftstate._models import get_peft_model as get_peft_model
+    from peftstate._rebuilding import base_model_kwargs as base_model_kwargs
     from peftstate._report import Report as Report
     from peftstate._reproducible import reproducible as reproducible
     from peftstate._request_rng import request_rng as request_rng

@@ -23,6 +23,7 @@ from peftstate.errors import (
 )
 from peftstate.manifest import MAX_BYTES, FileRecord, Manifest, encode_sections
 from peftstate.sections import SECTIONS, adapters
+from peftstate.sections._adapter_config import canonical_fields
 
 if TYPE_CHECKING:
     from peftstate._diff import Json
@@ -154,7 +155,7 @@ def compare_config(
         record: The adapter's record there.
         config: What was read.
     """
-    saved, found = dict(record.config), adapters.canonical_fields(config)
+    saved, found = dict(record.config), canonical_fields(config)
     return _diff.diff(
         "adapters", {"adapters": {name: {"config": saved}}}, {"adapters": {name: {"config": found}}}
     )

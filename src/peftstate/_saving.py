@@ -39,6 +39,7 @@ from peftstate._weights import parse_weights
 from peftstate.errors import PeftStateError, SaveError, UnfinishedSaveWarning
 from peftstate.manifest import FileRecord, Manifest
 from peftstate.sections import SECTIONS, _origin, adapters, records_for_adapters
+from peftstate.sections._adapter_config import canonical_fields
 from peftstate.sections._adapter_tensors import adapter_tensors, at_rest, live_tensors
 from peftstate.sections._process import this_process
 from peftstate.sections._tensors import sidecar_tensors, tensor_records
@@ -223,7 +224,7 @@ def _describe_written(
     config = json.loads((folder / ADAPTER_CONFIG_NAME).read_bytes())
     described = attrs.evolve(
         record,
-        config=adapters.canonical_fields(config),
+        config=canonical_fields(config),
         tensors=tensor_records(tensors),
         embeddings_saved=bool(tensors.keys() - record.tensors.keys()),
     )

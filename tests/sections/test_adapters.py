@@ -16,8 +16,9 @@ from peftstate import PeftModel
 from peftstate._diff import ABSENT
 from peftstate.errors import BaseModelMismatchError
 from peftstate.sections import adapters
+from peftstate.sections._adapter_config import NOT_IN_CONFIG, canonical_fields, config_fields
 from peftstate.sections._view import ModelView
-from peftstate.sections.adapters import NOT_IN_CONFIG, SECTION, AdaptersRecord
+from peftstate.sections.adapters import SECTION, AdaptersRecord
 
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -97,9 +98,9 @@ def test_config_has_one_form(config, tmp_path):
     """A config from memory and one from its file are equal, whatever the order of its sets."""
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_bytes())
-    fields = adapters.config_fields(config)
-    assert adapters.canonical_fields(written) == fields
-    again = adapters.config_fields(peft.PeftConfig.from_pretrained(tmp_path))
+    fields = config_fields(config)
+    assert canonical_fields(written) == fields
+    again = config_fields(peft.PeftConfig.from_pretrained(tmp_path))
     assert again == fields
     assert fields.keys().isdisjoint(NOT_IN_CONFIG)
 
@@ -107,7 +108,7 @@ def test_config_has_one_form(config, tmp_path):
 def test_order_of_a_set_makes_no_difference():
     """PEFT writes sets in the order of their hashes, which are other ones in each process."""
     written = {"feedforward_modules": ["up", "down"], "target_modules": ["b", "c", "a"]}
-    assert adapters.canonical_fields(written) == {
+    assert canonical_fields(written) == {
         "feedforward_modules": ["down", "up"],
         "target_modules": ["a", "b", "c"],
     }

@@ -15,11 +15,11 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from peftstate import _auto
-from peftstate._auto import base_model_kwargs, edits_of_config
 from peftstate._calls import calling_peft
 from peftstate._injection import readable_by_peft
 from peftstate._models import PeftModel
 from peftstate._peft_config import refuse_base_class
+from peftstate._rebuilding import base_model_kwargs, edits_of_config
 from peftstate._source import Source
 from peftstate.errors import AdapterLoadError, PeftStateWarning
 

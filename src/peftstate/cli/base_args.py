@@ -14,7 +14,7 @@ def base_args(source: Source, *, as_json: AsJson = False) -> None:
     with errors_end_the_program():
         manifest = read_manifest(source)
 
-        from peftstate._auto import base_model_kwargs
+        from peftstate._rebuilding import base_model_kwargs
 
         kwargs = base_model_kwargs(manifest)
     if as_json:

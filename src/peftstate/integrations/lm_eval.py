@@ -20,10 +20,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from peft import PeftConfig
 
-from peftstate._auto import base_model_kwargs
 from peftstate._files import read_manifest
 from peftstate._models import PeftModel
 from peftstate._policy import OnMismatch
+from peftstate._rebuilding import base_model_kwargs
 from peftstate._tokenizer_files import CONFIG_NAME as TOKENIZER_CONFIG
 
 NAME = "peftstate"

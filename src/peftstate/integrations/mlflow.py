@@ -19,11 +19,11 @@ from typing import Any
 import peft
 from mlflow.transformers import model_io
 
-from peftstate._auto import base_model_kwargs
 from peftstate._files import read_manifest
 from peftstate._folder import AdapterFolder
 from peftstate._models import PeftModel, attach
 from peftstate._policy import OnMismatch, Policy
+from peftstate._rebuilding import base_model_kwargs
 from peftstate._storage import MANIFEST_NAME
 
 _FLAVOR: Any = importlib.import_module("mlflow.transformers")

@@ -6,7 +6,6 @@ tensor in the model must be the saved one, to the last bit and in the saved dtyp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,30 +16,16 @@ from peftstate._modules import modules_of
 from peftstate._warn import warn
 from peftstate.errors import AdapterMismatchError, UnverifiedWarning
 from peftstate.sections import _merges
+from peftstate.sections._adapter_config import config_fields
 from peftstate.sections._adapter_tensors import adapter_tensors
 from peftstate.sections._base import Section
 from peftstate.sections._table import Table
 from peftstate.sections._tensors import TensorRecord, tensor_records
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
     from torch import nn
 
     from peftstate.sections._view import ModelView
-
-NOT_IN_CONFIG = frozenset(
-    {
-        "auto_mapping",  # set by PEFT while it writes
-        "base_model_name_or_path",  # where it was found, not what it is
-        "inference_mode",  # is in `training`; PEFT writes true whatever it was
-        "lora_B_layout",  # Unsloth's mark of fused experts, which PEFT passes over
-        "peft_version",  # is in `environment`
-        "revision",  # is in `base_model`
-        "runtime_config",  # how to load, not what
-        "unsloth_fused_expert_lora",  # likewise Unsloth's
-    }
-)
-"""Fields of a PEFT config that are no part of the record."""
 
 
 @attrs.frozen(kw_only=True)
@@ -255,49 +240,6 @@ def _describe(view: ModelView, saved: str, like: AdapterRecord | None) -> Adapte
         unsaved=tensor_records({name: site.tensor for name, site in tensors.unsaved.items()}),
         scaling=_scaling(view, live),
     )
-
-
-def config_fields(config: PeftConfig) -> dict[str, Json]:
-    """A PEFT config as JSON in one form only, sets in sorted order."""
-    return canonical_fields(config.to_dict())
-
-
-def canonical_fields(config: Mapping[str, Any]) -> dict[str, Json]:
-    """The fields of a PEFT config that say what the adapter is, from memory or from its file."""
-    fields: dict[str, Json] = json.loads(json.dumps(dict(config), default=_jsonable))
-    return {
-        key: sorted(set(value)) if key in _SETS and _is_of_names(value) else value
-        for key, value in fields.items()
-        if key not in NOT_IN_CONFIG
-    }
-
-
-_SETS = frozenset(
-    {
-        "exclude_modules",
-        "feedforward_modules",
-        "modules_to_save",
-        "target_modules",
-        "target_parameters",
-    }
-)
-"""Fields that PEFT holds as sets and writes in random order."""
-
-
-def _is_of_names(value: Json) -> bool:
-    """Whether a value is a list of strings."""
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _jsonable(value: Any) -> Json:
-    """What `json` does not know of a PEFT config: sets, enums, dtypes, nested configs."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
-    if attrs.has(type(value)) or hasattr(value, "__dataclass_fields__"):
-        return dict(vars(value))
-    return str(value)
 
 
 def tuner_layers(model: nn.Module) -> list[nn.Module]:
