@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from blake3 import blake3
 from typing_extensions import Buffer
+
+_AT_ONCE = 32 * 1024 * 1024
+"""Bytes of a file that are hashed before anybody is told; SHA-256 takes 15 ms for them."""
 
 
 def tensor_digest(dtype: str, shape: Sequence[int], data: Buffer) -> str:
@@ -48,6 +51,16 @@ def json_digest(value: Any) -> str:
     return blake3(json.dumps(value, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
 
 
-def file_digest(data: Buffer) -> str:
-    """The SHA-256 of a file's content."""
-    return hashlib.sha256(data).hexdigest()
+def file_digest(data: Buffer, reach: Callable[[int], object] = lambda _: None) -> str:
+    """The SHA-256 of a file's content.
+
+    Args:
+        data: The content.
+        reach: Told now and then how many bytes were read.
+    """
+    hasher = hashlib.sha256()
+    content = memoryview(data).cast("B")
+    for start in range(0, len(content), _AT_ONCE):
+        hasher.update(content[start : start + _AT_ONCE])
+        reach(min(start + _AT_ONCE, len(content)))
+    return hasher.hexdigest()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from peftstate import _diff
 from peftstate._codec import encode
-from peftstate._diff import ABSENT, Mismatch
+from peftstate._diff import ABSENT, Mismatch, printable
 from peftstate._digest import file_digest
 from peftstate._files import (
     check_folders,
@@ -20,6 +20,7 @@ from peftstate._files import (
 )
 from peftstate._folder import AdapterFolder
 from peftstate._names import in_folder
+from peftstate._progress import progress
 from peftstate._rank_files import RankFiles, rank_files
 from peftstate._report import FILES, Report
 from peftstate._signature import check_all, open_for_load
@@ -153,7 +154,8 @@ def _compare_folder(folder: AdapterFolder, manifest: Manifest, below: str) -> tu
     differing: list[Mismatch] = []
     for name, record in manifest.files.items():
         saved[in_folder(below, name)] = encode(record)
-        found[in_folder(below, name)] = _described(folder, name)
+        with progress(f"Hashing {printable(name)}", record.size, "B") as reach:
+            found[in_folder(below, name)] = _described(folder, name, reach)
     for name, record in manifest.sections["adapters"].adapters.items():
         try:
             differing += compare_config(name, record, read_config(folder, record))
@@ -163,7 +165,7 @@ def _compare_folder(folder: AdapterFolder, manifest: Manifest, below: str) -> tu
     return (*_diff.diff(FILES, saved, found), *differing)
 
 
-def _described(folder: AdapterFolder, name: str) -> Json | Presence:
+def _described(folder: AdapterFolder, name: str, reach: Callable[[int], object]) -> Json | Presence:
     """A file as a manifest would describe it, or what is there in its place."""
     try:
         data = folder.read_bytes(name)
@@ -171,7 +173,7 @@ def _described(folder: AdapterFolder, name: str) -> Json | Presence:
         return ABSENT
     except IntegrityError as error:
         return error.actual
-    return encode(FileRecord(size=len(data), sha256=file_digest(data)))
+    return encode(FileRecord(size=len(data), sha256=file_digest(data, reach)))
 
 
 def _notes(beside: Collection[str]) -> Iterator[str]:

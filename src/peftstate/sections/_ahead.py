@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from peftstate._progress import progress
 from peftstate.sections import _bitsandbytes_forms as forms
 from peftstate.sections import _seen
 from peftstate.sections._base_tensors import BaseTensor, base_tensors
@@ -62,11 +63,13 @@ class Ahead:
 
     def agrees(self) -> bool:
         """Wait, and say whether all the tensors are as they were saved."""
-        for name, record in self.saved.items():
-            digest = self._found[name].result()
-            _seen.note(name, self._bases[name], record.dtype, digest)
-            if digest != record.digest:
-                return False
+        with progress("Comparing the base model", len(self.saved), "tensors") as reach:
+            for done, (name, record) in enumerate(self.saved.items(), start=1):
+                digest = self._found[name].result()
+                _seen.note(name, self._bases[name], record.dtype, digest)
+                if digest != record.digest:
+                    return False
+                reach(done)
         return True
 
     def end(self) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
+from peftstate._progress import progress
 from peftstate.sections import _bitsandbytes
 from peftstate.sections import _bitsandbytes_forms as forms
 from peftstate.sections._peft_layers import original
@@ -164,7 +165,8 @@ def records(view: ModelView, tensors: Mapping[str, BaseTensor]) -> dict[str, Ten
         read = view.fingerprint != "off" and not base.shadowed
         return tensor_record(base.tensor, sampled=sampled, read=read)
 
-    view.memo.update(zip(missing, in_threads(missing, describe), strict=True))
+    with progress("Digesting the base model", len(missing), "tensors") as reach:
+        view.memo.update(zip(missing, in_threads(missing, describe, reach), strict=True))
     return {name: view.memo[name] for name in tensors}
 
 

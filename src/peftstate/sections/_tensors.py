@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -227,27 +227,35 @@ def tensor_records(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorRecor
     return dict(zip(names, records, strict=True))
 
 
-def in_threads(jobs: Iterable[Any], work: Any) -> list[Any]:
+def in_threads(
+    jobs: Iterable[Any], work: Any, reach: Callable[[int], object] = lambda _: None
+) -> list[Any]:
     """Do the same work on many tensors; BLAKE3 and torch let go of the GIL.
 
     This thread takes jobs like the others; for small tensors handing each over would take longer.
+
+    Args:
+        jobs: The tensors, or what stands for them.
+        work: What is done with each.
+        reach: Told by this thread how many are done.
     """
     todo = deque(enumerate(jobs))
     done: dict[int, Any] = {}
 
-    def run() -> None:
+    def run(reach: Callable[[int], object] = lambda _: None) -> None:
         while True:
             try:
                 index, job = todo.popleft()
             except IndexError:
                 return
             done[index] = work(job)
+            reach(len(done))
 
     others = min(os.cpu_count() or 1, len(todo)) - 1
     with ThreadPoolExecutor(max_workers=max(others, 1)) as pool:
         running = [pool.submit(run) for _ in range(others)]
         try:
-            run()
+            run(reach)
         finally:
             todo.clear()
         for other in running:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from peftstate._diff import Json
+from peftstate._progress import progress
 from peftstate._warn import warn
 from peftstate.errors import BaseModelMismatchError, StateMismatchWarning
 from peftstate.sections import _origin, _seen
@@ -182,10 +183,12 @@ def _capture_again(
             _seen.note(name, tensors[name], saved.dtype, described.digest)
         return described
 
+    with progress("Comparing the base model", len(tensors), "tensors") as reach:
+        described = dict(zip(tensors, in_threads(tensors, describe, reach), strict=True))
     found = _describe(
         view,
         fingerprint=record.fingerprint,
-        tensors=dict(zip(tensors, in_threads(tensors, describe), strict=True)),
+        tensors=described,
         changed=record.changed,
         shadowed=record.shadowed,
     )
