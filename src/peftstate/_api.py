@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -12,6 +13,7 @@ from torch import nn
 from peftstate._arguments import check_tokenizer
 from peftstate._injection import set_tensors
 from peftstate._loading import for_adapters, undone_on_failure
+from peftstate._log import tell
 from peftstate._policy import OnMismatch, Policy
 from peftstate._report import Report
 from peftstate._reproducible import keep_process
@@ -115,6 +117,7 @@ def restore(
     """
     plan = Plan(policy=Policy.of(on_mismatch))
     with LOCK:
+        began = time.perf_counter()
         saved = read_source(open_for_load(source, trusted_keys=trusted_keys, **hub))
         view, manifest = view_of(model, saved, tokenizer)
         check_base(ModelView(model=view.base, tokenizer=view.tokenizer), manifest, plan)
@@ -128,6 +131,7 @@ def restore(
         with put_back_on_failure(view):
             report = undone_on_failure(model, steps, keep_rng=False)
         keep_process(model, saved.manifest)
+        tell("restored", saved.folder.path, manifest, since=began, sections=report.sections)
         return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from peftstate._injection import (
     set_tensors,
     without_word_of,
 )
+from peftstate._log import tell
 from peftstate._snapshot import Snapshot
 from peftstate._source import AdapterFiles, Source
 from peftstate._steps import (
@@ -92,6 +94,7 @@ def load_model(
         StateMismatchError: The base model does not fit, or something is not as saved afterwards.
         RestoreError: A section cannot be restored.
     """
+    began = time.perf_counter()
     manifest = for_adapters(source.manifest, names)
     bare = ModelView(model=base, tokenizer=tokenizer)
     given = without_initialisation(source, plan, bare)
@@ -135,8 +138,10 @@ def load_model(
         restore_sections(view, manifest, plan)
         if manifest.sections["adapters"].merged:  # embeddings in the file are merged already
             set_tensors(view, source.adapters, manifest, plan)
-        compare_restored(view, manifest, plan)
-        return finish(view.model, _origin.of_loaded(view, manifest.sections["base_model"]))
+        report = compare_restored(view, manifest, plan)
+        loaded = finish(view.model, _origin.of_loaded(view, manifest.sections["base_model"]))
+        tell("loaded", source.folder.path, manifest, since=began, sections=report.sections)
+        return loaded
 
     restores_rng = rng.SECTION in plan.sections(bare, manifest)
     restores_rng = restores_rng and rng.is_own(manifest.sections["rng"])
@@ -173,6 +178,7 @@ def load_adapter(
         StateMismatchError: The base model is not the one that the adapter was saved with.
         RestoreError: The adapter needs a base model whose weights it rewrote.
     """
+    began = time.perf_counter()
     check_loads_alone(source)
     own = source.own_adapter
     manifest = for_adapters(source.manifest, {own})
@@ -197,7 +203,8 @@ def load_adapter(
         expected = _as_live(manifest, view)
         dtype.restore_adapters(expected.sections["dtype"], view)
         adapters.restore_scaling(expected.sections["adapters"], view)
-        compare_restored(view, expected, plan)
+        report = compare_restored(view, expected, plan)
+        tell("loaded", source.folder.path, manifest, since=began, sections=report.sections)
         return result
 
     return undone_on_failure(model, steps, keep_rng=True)

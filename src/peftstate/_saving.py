@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from peftstate._digest import file_digest
 from peftstate._folder import AdapterFolder
 from peftstate._keys import UnusableKeyError
+from peftstate._log import tell
 from peftstate._names import in_folder, safe_name
 from peftstate._rank_files import stale as stale_rank_files
 from peftstate._ranks import rank_of
@@ -94,10 +96,13 @@ def save(
             when the key is at fault, everything unsigned.
     """
     save_into: Callable[[Path], object]
+    began = time.perf_counter()
     try:
         with unless_busy():
             key = None if sign_with is None else key_to_save_with(sign_with)
-            return _save(view, directory, write, restores_base=restores_base, key=key)
+            saved = _save(view, directory, write, restores_base=restores_base, key=key)
+            tell("saved", directory, saved, since=began)
+            return saved
     except SaveError:
         raise
     except Exception as error:
