@@ -278,9 +278,9 @@ def test_no_placeholder_is_left_in_a_model(load_base, with_lora, tmp_path):
     with pytest.raises(errors.AdapterLoadError) as caught:
         peftstate.PeftModel.from_pretrained(base, tmp_path, on_mismatch="ignore")
     assert str(caught.value) == (
-        "adapters: the model takes a tensor of shape [4, 32] as "
-        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, the adapter has one of "
-        "shape [4, 64]; the base model is another one"
+        "adapters: size mismatch for base_model.model.model.layers.0.self_attn.q_proj.lora_A"
+        ".weight: the model takes a tensor of shape [4, 32], the adapter has one of shape [4, 64]; "
+        "the base model is another one"
     )
     assert not any(tensor.is_meta for tensor in base.parameters())
     assert type(base.model.layers[0].mlp.down_proj) is torch.nn.Linear

@@ -72,11 +72,12 @@ def _set_adapter(view: ModelView, saved: str, read: AdapterFiles, record: Adapte
             _set(target, read.tensors[name])
     for site in waiting.values():
         own = read.tensors.get(site.name)
-        found = "none of that name" if own is None else f"one of shape {list(own.shape)}"
+        trouble = "no weights" if own is None else "size mismatch"  # as torch says it
+        has = "has none" if own is None else f"has one of shape {list(own.shape)}"
         raise AdapterLoadError(
             "adapters",
-            f"the model takes a tensor of shape {list(site.tensor.shape)} as {site.name}, the "
-            f"adapter has {found}; the base model is another one",
+            f"{trouble} for {site.name}: the model takes a tensor of shape "
+            f"{list(site.tensor.shape)}, the adapter {has}; the base model is another one",
         )
 
 
