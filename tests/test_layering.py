@@ -27,8 +27,10 @@ HEAVY = {
 }
 """What takes seconds to import, or imports torch."""
 MAY_BE_HEAVY = {
+    "_adopting",
     "_api",
     "_auto",
+    "_base_loading",
     "_diagnosing",
     "_initialisation",
     "_injection",

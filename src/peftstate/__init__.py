@@ -37,6 +37,7 @@ _HOMES = {
     "PeftModelForTokenClassification": "_models",
     "PeftStateCallback": "integrations.trainer",
     "Report": "_report",
+    "adopt": "_adopting",
     "attach": "_models",
     "base_model_kwargs": "_rebuilding",
     "capture": "_api",
@@ -64,6 +65,7 @@ __all__ = sorted(_HOMES)  # noqa: PLE0605 - static for type checkers below
 
 if TYPE_CHECKING:
     from peftstate import errors as errors
+    from peftstate._adopting import adopt as adopt
     from peftstate._api import capture as capture
     from peftstate._api import restore as restore
     from peftstate._api import verify as verify

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from peftstate._diagnosis import figures
 from peftstate._diff import Mismatch, printable, shown
-from peftstate._outline import outline
+from peftstate._outline import heading, outline
 
 if TYPE_CHECKING:
     from peftstate._diagnosis import Diagnosis
@@ -53,8 +53,7 @@ h1, h2 {{ line-height: 1.25; overflow-wrap: anywhere; }}
 
 def manifest_html(manifest: Manifest, *, is_open: bool = False) -> str:
     """The outline of a manifest, a fold-out for each section, all of them shut or open."""
-    version = escape(manifest.peftstate_version)
-    parts = [f"<p>Saved by peftstate {version}, schema {manifest.schema_version}.</p>"]
+    parts = [f"<p>{escape(heading(manifest)).capitalize()}.</p>"]
     for section, lines in outline(manifest).items():
         rows = ((line.field, line.text) for line in lines)
         body = _table(rows) if lines else "<p>nothing</p>"

@@ -18,6 +18,7 @@ _MOST_ENTRIES = 16
 """How many entries of a mapping or a list are shown one by one."""
 _LONGEST = 72
 """Characters of a value that are shown."""
+_UNKNOWN = "neither restored nor compared by a load"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TENSOR = frozenset({"digest", "dtype", "shape"})
 _TABLE = frozenset({"default", "exceptions"})
@@ -41,10 +42,19 @@ def outline(manifest: Manifest) -> dict[str, list[Line]]:
 
     What is empty or was not there to be recorded is left out.
     """
+    unknown = manifest.unknown
     return {
-        name: [line for key, value in record.items() for line in _lines(step(key), value)]
+        name: [Line("not known", _UNKNOWN)]
+        if name in unknown
+        else [line for key, value in record.items() for line in _lines(step(key), value)]
         for name, record in encode_sections(manifest.sections).items()
     }
+
+
+def heading(manifest: Manifest) -> str:
+    """How a manifest came about, in a few words."""
+    verb = "adopted" if manifest.unknown else "saved"
+    return f"{verb} by peftstate {manifest.peftstate_version}, schema {manifest.schema_version}"
 
 
 def _lines(field: str, value: Json) -> Iterator[Line]:

@@ -25,18 +25,19 @@ class _Process:
     """The state of the process that a model was saved in.
 
     Attributes:
-        rng: The random generators.
+        rng: The random generators; `None` if nobody knows.
         runtime: The settings.
     """
 
-    rng: rng.RngRecord
+    rng: rng.RngRecord | None
     runtime: runtime.RuntimeRecord
 
 
 def keep_process(model: nn.Module, manifest: Manifest) -> None:
     """Have a model carry the state of the process that it was saved in."""
-    sections = manifest.sections
-    setattr(model, _ATTRIBUTE, _Process(rng=sections["rng"], runtime=sections["runtime"]))
+    states, settings = manifest.sections["rng"], manifest.sections["runtime"]
+    known = states if rng.SECTION.is_known(states) else None
+    setattr(model, _ATTRIBUTE, _Process(rng=known, runtime=settings))
 
 
 @contextmanager
@@ -58,10 +59,12 @@ def reproducible(model: nn.Module, seed: int | None = None) -> Iterator[None]:
         ValueError: There is no seed, and no state was saved with the model.
     """
     process: _Process | None = getattr(model, _ATTRIBUTE, None)
-    if seed is None and process is None:
+    states = None if process is None else process.rng
+    if seed is None and states is None:
+        why = "was adopted" if process else "was neither loaded nor saved by peftstate"
         raise ValueError(
-            "no random state was saved with this model, which was neither loaded nor saved by "
-            "peftstate; pass a seed: peftstate.reproducible(model, seed=0)"
+            f"no random state was saved with this model, which {why}; "
+            "pass a seed: peftstate.reproducible(model, seed=0)"
         )
     record = None if process is None else process.runtime
     with ExitStack() as stack:
@@ -71,8 +74,8 @@ def reproducible(model: nn.Module, seed: int | None = None) -> Iterator[None]:
         stack.enter_context(_eval_mode(model))
         if seed is not None:
             _generators.seed_all(seed)
-        elif process is not None:
-            rng.set_states(process.rng)
+        elif states is not None:
+            rng.set_states(states)
         yield
 
 

@@ -151,7 +151,8 @@ def _save(
             _remove_stale(view, staging, directory)
             for view_of_folder, folder in _folders(view):
                 described = _for_folder(records, view_of_folder)
-                manifests[folder] = _write_state(described, view_of_folder, staging / folder)
+                place = staging / folder
+                manifests[folder] = write_state(described, view_of_folder, place, adapters_in=place)
             if key is not None:
                 sign_staged(staging, directory, manifests, key)
     except UnfinishedSaveError as error:
@@ -196,13 +197,21 @@ def _remove_stale(view: ModelView, staging: Path, directory: Path) -> None:
             mark_removed(file)
 
 
-def _write_state(records: dict[str, Any], view: ModelView, folder: Path) -> Manifest:
-    """Write sidecar and manifest of a folder, after its adapters were written."""
+def write_state(
+    records: dict[str, Any], view: ModelView, folder: Path, *, adapters_in: Path
+) -> Manifest:
+    """Write sidecar and manifest of a folder, after its adapters were written.
+
+    Args:
+        records: What was captured.
+        view: The model, with the adapters that the folder has.
+        folder: Where to write.
+        adapters_in: Where the adapters were written.
+    """
     files: dict[str, FileRecord] = {}
     written: dict[str, adapters.AdapterRecord] = {}
     for name, record in records["adapters"].adapters.items():
-        subfolder = folder / record.folder
-        written[name], found = _describe_written(record, subfolder)
+        written[name], found = describe_written(record, adapters_in / record.folder)
         files |= {in_folder(record.folder, file): value for file, value in found.items()}
     embeddings = _saved_embeddings(written, view)
     records["base_model"] = records["base_model"].with_shadowed(embeddings)
@@ -218,7 +227,7 @@ def _write_state(records: dict[str, Any], view: ModelView, folder: Path) -> Mani
     return manifest
 
 
-def _describe_written(
+def describe_written(
     record: adapters.AdapterRecord, folder: Path
 ) -> tuple[adapters.AdapterRecord, dict[str, FileRecord]]:
     """An adapter's record, by what PEFT wrote: it may convert both tensors and config."""

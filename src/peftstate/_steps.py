@@ -64,6 +64,7 @@ class Plan:
             for section in SECTIONS
             if section.name in manifest.sections
             and section.name not in self.skipped
+            and section.is_known(manifest.sections[section.name])
             and self.policy.handles(section.name)
             and section.applies_to(view)
         )

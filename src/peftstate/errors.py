@@ -4,6 +4,7 @@ PeftStateError
 ├─ AdapterNotFoundError             .name .reason; also FileNotFoundError, ValueError
 ├─ ManifestError                    .path
 │  ├─ ManifestNotFoundError         also FileNotFoundError
+│  ├─ ManifestExistsError           also FileExistsError
 │  ├─ ManifestDecodeError           also ValueError; .field
 │  └─ SchemaVersionError            .found .supported
 ├─ IntegrityError                   .file .expected .actual
@@ -102,6 +103,20 @@ class ManifestNotFoundError(ManifestError, FileNotFoundError):
             path,
             "there is no peftstate manifest, so nothing of this adapter's state can be verified or "
             "restored. Save the model with peftstate, or load it with require_manifest=False.",
+        )
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class ManifestExistsError(ManifestError, FileExistsError):
+    """There is a manifest already, so the adapter is not one that was made without peftstate."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            path,
+            "there is a peftstate manifest already, so there is nothing to adopt. Load the adapter "
+            "with peftstate; or, to describe it anew by a plain load, remove that file first.",
         )
 
     def __str__(self) -> str:

@@ -54,6 +54,19 @@ class Manifest:
     peftstate_version: str = __version__
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Of an adapter that was adopted, the sections of which nobody knows any more.
+
+        Of one that was saved there are none: its random generators were there to be recorded.
+        """
+        unknown = tuple(
+            section.name
+            for section in SECTIONS
+            if section.name in self.sections and not section.is_known(self.sections[section.name])
+        )
+        return unknown if "rng" in unknown else ()
+
     def _repr_html_(self) -> str:
         """The manifest as a notebook shows it."""
         from peftstate._html import manifest_html

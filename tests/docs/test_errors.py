@@ -51,6 +51,10 @@ def _no_manifest(load_base):
     peftstate.read_manifest("adapter")
 
 
+def _manifest(load_base):
+    peftstate.adopt("adapter")
+
+
 def _no_json(load_base):
     manifest = Path("adapter", "peftstate.json")
     manifest.write_text(manifest.read_text().replace('"schema_version": 2,', ""))
@@ -112,6 +116,7 @@ def _other_architecture(load_base):
 PROVOKED = {
     "AdapterNotFoundError": _not_found,
     "ManifestNotFoundError": _no_manifest,
+    "ManifestExistsError": _manifest,
     "ManifestDecodeError": _no_json,
     "SchemaVersionError": _newer,
     "IntegrityError": _damaged,

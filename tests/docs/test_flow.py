@@ -16,7 +16,7 @@ from tests.docs._pages import ROOT
 SAVE = {
     "Capture every section": [(_saving, "capture_sections")],
     "PEFT writes into a staging folder": [(_saving, "_write_adapters")],
-    "Describe what was written": [(_saving, "_describe_written")],
+    "Describe what was written": [(_saving, "describe_written")],
     "Write the sidecar, then the manifest": [(_saving, "write_file")],
     "Sign, if a key was passed": [(_saving, "sign_staged")],
     "Force it to disk and rename the folder": [(_storage, "_seal"), (_storage, "_commit")],

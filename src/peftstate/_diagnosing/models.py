@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,24 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
-from huggingface_hub.errors import HFValidationError
 from torch import nn
 
-from peftstate import _auto
+from peftstate._base_loading import NOT_THERE, load_base, not_to_be_had
 from peftstate._calls import calling_peft
 from peftstate._injection import readable_by_peft
 from peftstate._models import PeftModel
-from peftstate._peft_config import refuse_base_class
 from peftstate._rebuilding import base_model_kwargs, edits_of_config
 from peftstate._source import Source
 from peftstate.errors import AdapterLoadError, PeftStateWarning
 
 if TYPE_CHECKING:
     from peftstate._keys import TrustedKeys
-
-
-_NOT_THERE = (OSError, HFValidationError)
-"""What transformers raises over a folder that is gone; some versions take its path for a repo."""
 
 
 def exact_model(
@@ -78,21 +71,14 @@ def rebuilt_base(
         try:
             edits = edits_of_config(source.manifest, config, revision, {})
             return _load(source, name, device, **kwargs, **edits, **_revision(revision))
-        except _NOT_THERE:
+        except NOT_THERE:
             if base is None or name == base:
                 raise
         name = os.fspath(base)
         edits = edits_of_config(source.manifest, {"base_model_name_or_path": name}, None, {})
         return _load(source, name, device, **kwargs, **edits)
-    except _NOT_THERE as error:
-        raise _not_to_be_had(name, error) from error
-
-
-def _not_to_be_had(name: object, error: Exception) -> AdapterLoadError:
-    """The error for a base model that is not where it is said to be."""
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
-    message = f"its base model {name!r} is not to be had ({reason}); pass base= to say where it is"
-    return AdapterLoadError("base_model", message)
+    except NOT_THERE as error:
+        raise not_to_be_had(name, error) from error
 
 
 def users_model(
@@ -113,8 +99,8 @@ def users_model(
         name = base or own.config.get("base_model_name_or_path")
         try:
             base = _load(source, name, device, **_revision(own.config.get("revision")))
-        except _NOT_THERE as error:
-            raise _not_to_be_had(name, error) from error
+        except NOT_THERE as error:
+            raise not_to_be_had(name, error) from error
     with calling_peft(), readable_by_peft(source, source.own_adapter) as folder:
         try:
             model: peft.PeftModel = peft.PeftModel.from_pretrained(base, folder)
@@ -134,29 +120,7 @@ def _load(source: Source, name: Any, device: torch.device, **kwargs: Any) -> nn.
     if device.type != "cpu":
         kwargs["device_map"] = {"": device}
     config = source.adapters[source.own_adapter].config
-    model: nn.Module = _base_class(config).from_pretrained(name, **kwargs)
-    return model
-
-
-def _base_class(config: Mapping[str, Any]) -> Any:
-    """The class that PEFT's auto classes load a base model with.
-
-    Raises:
-        AdapterLoadError: The adapter's config names none, or one that is refused.
-    """
-    refuse_base_class(config, None)
-    task, mapping = config.get("task_type"), config.get("auto_mapping")
-    wanted = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task) if isinstance(task, str) else None
-    for auto in _auto.CLASSES.values():
-        if wanted is not None and auto._target_peft_class.__name__ == wanted.__name__:
-            return auto._target_class
-    if task is None and mapping:
-        return getattr(
-            importlib.import_module(mapping["parent_library"]), mapping["base_model_class"]
-        )
-    raise AdapterLoadError(
-        "base_model", "its config does not say with which class its base model is loaded"
-    )
+    return load_base(config, name, **kwargs)
 
 
 @contextmanager

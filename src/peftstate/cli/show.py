@@ -10,7 +10,7 @@ from rich.text import Text
 
 from peftstate._files import read_manifest
 from peftstate._html import manifest_html, page
-from peftstate._outline import Line, outline
+from peftstate._outline import Line, heading, outline
 from peftstate.cli._terminal import AsJson, Html, Source, errors_end_the_program, out, print_json
 from peftstate.manifest import Manifest
 
@@ -30,8 +30,7 @@ def show(source: Source, *, html: Html = None, as_json: AsJson = False) -> None:
 
 def _print(manifest: Manifest, source: str) -> None:
     """Print the outline of a manifest."""
-    version = f"peftstate {manifest.peftstate_version}, schema {manifest.schema_version}"
-    out.print(f"{source}: saved by {version}", markup=False, style="bold")
+    out.print(f"{source}: {heading(manifest)}", markup=False, style="bold")
     for section, lines in outline(manifest).items():
         out.print(f"\n{section}", style="bold cyan")
         out.print(Padding(_table(lines), (0, 0, 0, 2), expand=False))

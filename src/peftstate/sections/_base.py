@@ -50,6 +50,9 @@ class Section(Generic[R]):
             folder of an extra adapter has another one. Such a record has a method `for_adapters`.
         is_captured: Whether there is anything to capture; a section that has this is in a manifest
             only where it says so.
+        unknown: The record that says nothing, in the manifest of an adapter that was made without
+            peftstate, where nobody knows any more; `None` if a load of that adapter tells. Such a
+            record is neither restored nor compared.
         error: What a difference raises.
     """
 
@@ -69,6 +72,7 @@ class Section(Generic[R]):
     checked_on_base: bool = False
     per_adapter: bool = False
     is_captured: Callable[[ModelView], bool] | None = None
+    unknown: R | None = attrs.field(default=None, hash=False)
     error: type[StateMismatchError]
 
     @property
@@ -79,6 +83,10 @@ class Section(Generic[R]):
     def applies_to(self, view: ModelView) -> bool:
         """Whether there is anything of this kind in what is looked at."""
         return self.is_captured is None or self.is_captured(view)
+
+    def is_known(self, record: R) -> bool:
+        """Whether a record says anything."""
+        return self.unknown is None or record != self.unknown
 
     def encode(self, record: R) -> dict[str, Json]:
         """A record as JSON."""

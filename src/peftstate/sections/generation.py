@@ -151,10 +151,14 @@ def _watermarking(saved: Mapping[str, Json]) -> Any:
     return WatermarkingConfig(**{key: saved[key] for key in known})
 
 
+UNKNOWN = GenerationRecord(config=None, use_cache=None)
+"""Also what a model has that does not generate; then there is nothing to compare."""
+
 SECTION = Section(
     name="generation",
     record=GenerationRecord,
     capture=capture,
     restore=restore,
+    unknown=UNKNOWN,
     error=GenerationConfigMismatchError,
 )

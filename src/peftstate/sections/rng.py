@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from peftstate._digest import tensor_digest
 from peftstate._warn import warn
 from peftstate.errors import RankStateWarning, RngMismatchError
 from peftstate.sections._base import Section
@@ -261,11 +262,23 @@ def _ints(state: SidecarTensor) -> list[int]:
     return [int(word) for word in state.load().tolist()]
 
 
+_NO_STATE = SidecarTensor(
+    tensor="rng.unknown", dtype="uint8", shape=(0,), digest=tensor_digest("uint8", (0,), b"")
+)
+UNKNOWN = RngRecord(
+    process=None,
+    python=PythonRng(version=0, state=_NO_STATE, gauss=None),
+    numpy=NumpyRng(generator="", state=_NO_STATE, position=0, gauss=None),
+    torch_cpu=_NO_STATE,
+    accelerators={},
+)
+
 SECTION = Section(
     name="rng",
     record=RngRecord,
     capture=capture,
     capture_like=capture_like,
     restore=restore,
+    unknown=UNKNOWN,
     error=RngMismatchError,
 )

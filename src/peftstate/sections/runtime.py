@@ -101,10 +101,13 @@ def _cpu_threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+UNKNOWN = RuntimeRecord(flags={}, cpu_threads=None, autocast={}, variables={})
+
 SECTION = Section(
     name="runtime",
     record=RuntimeRecord,
     capture=capture,
     capture_like=capture_like,
+    unknown=UNKNOWN,
     error=RuntimeMismatchError,
 )

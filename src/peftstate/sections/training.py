@@ -193,6 +193,16 @@ def _restore_checkpointing(record: TrainingRecord, view: ModelView) -> None:
             module.gradient_checkpointing = name in names
 
 
+_UNKNOWN_PART = PartRecord(train=Table.of({}), requires_grad=Table.of({}))
+UNKNOWN = TrainingRecord(
+    base=_UNKNOWN_PART,
+    adapters={},
+    model=_UNKNOWN_PART,
+    inference_mode={},
+    gradient_checkpointing=(),
+    use_reentrant=None,
+)
+
 SECTION = Section(
     name="training",
     record=TrainingRecord,
@@ -200,5 +210,6 @@ SECTION = Section(
     capture_like=capture_like,
     restore=restore,
     per_adapter=True,
+    unknown=UNKNOWN,
     error=TrainingStateMismatchError,
 )
