@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,7 +177,8 @@ def _load(
         model = load_base(config, name, **kwargs)
     except NOT_THERE as error:
         raise not_to_be_had(name, error) from error
-    with calling_peft(), readable_by_peft(source, NAME) as folder:
+    with calling_peft(), readable_by_peft(source, NAME) as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # which is an error below
         try:
             loaded: peft.PeftModel = peft.PeftModel.from_pretrained(model, str(folder), NAME)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:

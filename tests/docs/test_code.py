@@ -228,6 +228,12 @@ def _base_path(names):
     shutil.copytree("adapter", "another-adapter")
 
 
+def _plain_adapter(names):
+    """An adapter that has no manifest."""
+    ours = shutil.ignore_patterns("peftstate.*")
+    shutil.copytree("adapter", "plain-adapter", ignore=ours)
+
+
 def _poet(names):
     """An adapter on a base model of the Hub's, which vLLM can serve."""
     base = transformers.AutoModelForCausalLM.from_pretrained(
@@ -247,7 +253,7 @@ PREPARED = {
     },
     "docs/distributed.md": {"get_model_state_dict": _first_rank, "register": _for_accelerate},
     "docs/manifest.md": {'read_manifest("before")': _two_saves},
-    "docs/serving.md": {"base_path": _base_path},
+    "docs/serving.md": {"base_model_kwargs(": _base_path, "plain-adapter": _plain_adapter},
     "docs/training.md": {"SFTTrainer(": _for_trl},
     "docs/vllm.md": {"vllm-args": _poet},
 }

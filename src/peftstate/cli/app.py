@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from peftstate.cli import (
+    adopt,
     base_args,
     diagnose,
     diff,
@@ -28,6 +29,7 @@ app.command()(show.show)
 app.command()(verify.verify)
 app.command()(diff.diff)
 app.command()(diagnose.diagnose)
+app.command()(adopt.adopt)
 app.command(cls=run.RunCommand, options_metavar=run.USAGE)(run.run)
 app.command()(sign.sign)
 app.command()(base_args.base_args)
