@@ -37,6 +37,7 @@ MAY_BE_HEAVY = {
     "_install",
     "_loading",
     "_models",
+    "_modules",
     "_placeholders",
     "_pushing",
     "_ranks",

@@ -93,7 +93,8 @@ def _set(target: torch.Tensor, tensor: torch.Tensor) -> None:
 
 def _put_all(placed: Sequence[tuple[TensorSite, torch.Tensor]], device: torch.device) -> None:
     """Put tensors in the places of some on the meta device."""
-    copies = in_threads((tensor for _, tensor in placed), aligned)
+    nbytes = sum(tensor.nbytes for _, tensor in placed)
+    copies = in_threads((tensor for _, tensor in placed), aligned, nbytes=nbytes)
     for (site, _), data in zip(placed, copies, strict=True):
         parameter = nn.Parameter(data.to(device), site.tensor.requires_grad)
         site.module._parameters[site.leaf] = parameter

@@ -27,7 +27,7 @@ from peftstate._injection import (
     without_word_of,
 )
 from peftstate._log import tell
-from peftstate._snapshot import Snapshot
+from peftstate._snapshot import AddingSnapshot, Snapshot
 from peftstate._source import AdapterFiles, Source
 from peftstate._steps import (
     Plan,
@@ -122,8 +122,9 @@ def load_model(
         return model
 
     def steps() -> M:
-        shadowed = manifest.sections["base_model"].shadowed
-        _spare_data(bare, names={*shadowed, *_names_in_base(source.adapters)})
+        if wrap is None:
+            shadowed = manifest.sections["base_model"].shadowed
+            _spare_data(bare, names={*shadowed, *_names_in_base(source.adapters)})
         prepare_base(bare, manifest, plan)
         view = ModelView(
             model=injected() if wrap is None else with_placeholders(wrap),
@@ -184,21 +185,19 @@ def load_adapter(
     manifest = for_adapters(source.manifest, {own})
     view = ModelView(model=model, adapters={own: name}, folders={own: "."})
     # The parameters of an adapter that is there stay the objects that an optimizer holds.
-    is_new = name not in model.peft_config
+    if name in model.peft_config or not placeholders.suffice(source, view.base, {name}):
+        add = None
     check_base(ModelView(model=view.base, trusts_seen=True), manifest, plan)
 
     def loaded() -> Any:
         """What PEFT loads."""
+        _spare_data(view, names=_names_in_base(source.adapters), adapter=name)
         readable = readable_by_peft(source, own)
         with readable as folder, harmless_state_dict(model), not_truncated_again(source, view):
             return load(model, folder, name)
 
     def steps() -> Any:
-        _spare_data(view, names=_names_in_base(source.adapters), adapter=name)
-        if add is not None and is_new and placeholders.suffice(source, view.base, {name}):
-            result = add(model, source.adapters[own].peft_config(), name)
-        else:
-            result = loaded()
+        result = loaded() if add is None else add(model, source.adapters[own].peft_config(), name)
         set_tensors(view, source.adapters, manifest, plan)
         expected = _as_live(manifest, view)
         dtype.restore_adapters(expected.sections["dtype"], view)
@@ -207,7 +206,8 @@ def load_adapter(
         tell("loaded", source.folder.path, manifest, since=began, sections=report.sections)
         return result
 
-    return undone_on_failure(model, steps, keep_rng=True)
+    snapshot = Snapshot.of if add is None else AddingSnapshot.of
+    return undone_on_failure(model, steps, keep_rng=True, snapshot=snapshot)
 
 
 def _spare_data(view: ModelView, *, names: Collection[str] = (), adapter: str = "") -> None:
@@ -255,7 +255,13 @@ def _as_live(manifest: Manifest, view: ModelView) -> Manifest:
     return attrs.evolve(manifest, sections={**manifest.sections, "adapters": record})
 
 
-def undone_on_failure(model: nn.Module, steps: Callable[[], T], *, keep_rng: bool) -> T:
+def undone_on_failure(
+    model: nn.Module,
+    steps: Callable[[], T],
+    *,
+    keep_rng: bool,
+    snapshot: Callable[[nn.Module], Snapshot | AddingSnapshot] = Snapshot.of,
+) -> T:
     """Take steps that change a model; if one fails, put the model back.
 
     Args:
@@ -263,19 +269,20 @@ def undone_on_failure(model: nn.Module, steps: Callable[[], T], *, keep_rng: boo
         steps: The steps.
         keep_rng: Whether the random generators are put back after success too: a load draws
             numbers for weights that it then overwrites.
+        snapshot: Takes down how the model is.
 
     Raises:
         AdapterLoadError: PEFT, or torch, raised an error of its own.
     """
     generators = Standing.now()
-    snapshot = Snapshot.of(model)
+    before = snapshot(model)
     try:
         result = steps()
         if keep_rng:
             generators.put_back()
         return result  # as late as this, Ctrl-C may come
     except BaseException as error:
-        snapshot.restore()
+        before.restore()
         generators.put_back()
         if isinstance(error, (PeftStateError, Warning)) or not isinstance(error, Exception):
             raise

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import peft
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig
+from torch.overrides import TorchFunctionMode
 
 from peftstate._calls import calling_peft
+from peftstate.sections import _walk
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -39,12 +41,13 @@ def suffice(source: Source, base: nn.Module, names: Collection[str]) -> bool:
         base: The base model; adapters may be injected in it.
         names: The names of the adapters in the model.
     """
-    modules = dict(base.named_modules())
+    modules = {site.name: site.module for site in _walk.sites(base, ())}
     if hasattr(base, "hf_device_map") or any(
         f".{name}" in f".{path}{_AFTER_MODULES}" for path in modules for name in names
     ):
         return False
-    devices = {tensor.device for tensor in base.parameters()}
+    parameters = (module._parameters.values() for module in modules.values())
+    devices = {tensor.device for held in parameters for tensor in held if tensor is not None}
     if len(devices) != 1 or META in devices:
         return False
     records = source.manifest.sections["adapters"].adapters
@@ -110,6 +113,26 @@ _OF_PLAIN_LORA = frozenset(
 """Fields of a config that make no variant of LoRA."""
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Has what is on the meta device not be initialised, which torch does there in Python."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch's, unless it would do nothing."""
+        del types
+        target = args[0] if args else (kwargs or {}).get("tensor")
+        if getattr(func, "__name__", "") in _INITIALISERS and getattr(target, "is_meta", False):
+            return target
+        return func(*args, **(kwargs or {}))
+
+
+_INITIALISERS = frozenset(
+    {"kaiming_uniform_", "normal_", "uniform_", "zero_", "zeros_", "ones_", "fill_"}
+)
+"""What `torch.nn.init` has, and the methods that it calls."""
+
+
 def wrap(base: nn.Module, config: PeftConfig, name: str, *, is_trainable: bool) -> peft.PeftModel:
     """Wrap a base model as `peft.PeftModel.from_pretrained` does.
 
@@ -124,7 +147,7 @@ def wrap(base: nn.Module, config: PeftConfig, name: str, *, is_trainable: bool) 
     """
     config.inference_mode = not is_trainable
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", peft.PeftModel)
-    with calling_peft():
+    with calling_peft(), _Uninitialised():
         model = cls(base, config, name, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
     return model if is_trainable else model.eval()
 
@@ -141,7 +164,7 @@ def add(model: peft.PeftModel, config: PeftConfig, name: str) -> Any:
         What PEFT returns: the keys that are missing, and those that were not expected.
     """
     config.inference_mode = True
-    with calling_peft():
+    with calling_peft(), _Uninitialised():
         model._check_new_adapter_config(config, is_trainable=False)
         peft.PeftModel.add_adapter(model, name, config, low_cpu_mem_usage=True)
         model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
+from functools import cache
 from typing import Any
 
 import attrs
@@ -23,11 +24,8 @@ class _Attributes:
     @classmethod
     def of(cls, owner: Any) -> _Attributes:
         values = dict(vars(owner))
-        kinds = (MutableMapping, MutableSequence, MutableSet)
         contents = {
-            name: value.copy()
-            for name, value in values.items()
-            if isinstance(value, kinds) and hasattr(value, "copy")
+            name: value.copy() for name, value in values.items() if _is_container(value.__class__)
         }
         return cls(vars(owner), values, contents)
 
@@ -36,6 +34,13 @@ class _Attributes:
         for name, content in self.contents.items():
             _put_back(self.values[name], content)
         _put_back(self.owner, self.values)
+
+
+@cache
+def _is_container(cls: type) -> bool:
+    """Whether the objects of a class hold others, and can be copied."""
+    kinds = (MutableMapping, MutableSequence, MutableSet)
+    return issubclass(cls, kinds) and hasattr(cls, "copy")
 
 
 def _put_back(container: Any, content: Any) -> None:
@@ -109,6 +114,43 @@ class Snapshot:
         for tensor, data, requires_grad in self.tensors:
             tensor.data = data
             tensor.requires_grad_(requires_grad)
+
+
+@attrs.frozen
+class AddingSnapshot:
+    """What of a PEFT model may change while one more adapter is put beside the others.
+
+    Of those it notes what is trainable and in train mode; what adapters hold stays as it is.
+    """
+
+    model: nn.Module
+    attributes: tuple[_Attributes, ...]
+    training: tuple[nn.Module, ...]
+    trainable: frozenset[int]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> AddingSnapshot:
+        """Take a snapshot."""
+        modules = modules_of(model)
+        shared = modules_of(model, beside=getattr(model, "peft_config", ()))
+        owners = [*shared, *_configs(model), *_peft_configs(model)]
+        tensors = (tensor for module in modules for tensor in _tensors(module))
+        return cls(
+            model,
+            tuple(_Attributes.of(owner) for owner in owners),
+            tuple(module for module in modules if module.training),
+            frozenset(id(tensor) for tensor in tensors if tensor.requires_grad),
+        )
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for attributes in self.attributes:
+            attributes.restore()
+        for module in self.training:
+            module.training = True
+        for module in modules_of(self.model):
+            for tensor in _tensors(module):
+                tensor.requires_grad_(id(tensor) in self.trainable)
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

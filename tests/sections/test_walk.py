@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from peftstate import _modules
 from peftstate.sections import _walk
 
 # PEFT, of what it takes for an unknown kind of norm
@@ -38,9 +39,19 @@ CONFIGS: dict[str, peft.PeftConfig] = {
 }
 
 
-def tensors_of(model: nn.Module, part: str) -> dict[str, torch.Tensor]:
+def sites_of(model: Any) -> list[_walk.Site]:
+    """The modules of a model and of all its adapters."""
+    return _walk.sites(model, getattr(model, "peft_config", ()))
+
+
+def tensors_of(model: Any) -> list[_walk.TensorSite]:
+    """The tensors of a model and of all its adapters."""
+    return _walk.tensors(model, sites_of(model))
+
+
+def part_of(model: nn.Module, part: str) -> dict[str, torch.Tensor]:
     """The tensors of one part of a model by name."""
-    return {site.name: site.tensor for site in _walk.tensors(model) if site.part == part}
+    return {site.name: site.tensor for site in tensors_of(model) if site.part == part}
 
 
 def wrapped(base: nn.Module, config: peft.PeftConfig, adapter: str = "default") -> peft.PeftModel:
@@ -57,8 +68,8 @@ def config(request):
 
 def test_base_has_the_same_names_with_and_without_an_adapter(config, load_base):
     """A wrapped base model is described as the bare one, name for name, value for value."""
-    bare = tensors_of(load_base("bf16"), "base")
-    found = tensors_of(wrapped(load_base("bf16"), config), "base")
+    bare = part_of(load_base("bf16"), "base")
+    found = part_of(wrapped(load_base("bf16"), config), "base")
     assert list(found) == list(bare)
     assert all(torch.equal(found[name], bare[name]) for name in bare)
 
@@ -66,7 +77,7 @@ def test_base_has_the_same_names_with_and_without_an_adapter(config, load_base):
 def test_names_of_a_bare_model_are_those_of_its_checkpoint(load_base):
     """They are torch's own, which the files of the model bear."""
     model = load_base("bf16")
-    assert tensors_of(model, "base").keys() == {
+    assert part_of(model, "base").keys() == {
         name for name, _ in [*model.named_parameters(), *model.named_buffers()]
     }
 
@@ -75,7 +86,7 @@ def test_modules_have_the_same_names_with_and_without_an_adapter(config, load_ba
     """Modules of the base model are found under their original names, too."""
     base = load_base("bf16")
     bare = {name: type(module) for name, module in base.named_modules()}
-    sites = [site for site in _walk.sites(wrapped(base, config)) if site.part == "base"]
+    sites = [site for site in sites_of(wrapped(base, config)) if site.part == "base"]
     assert {site.name: type(site.module) for site in sites} == bare
     assert len(sites) == len(bare)
 
@@ -88,7 +99,7 @@ def test_every_tensor_belongs_somewhere(config, load_base):
     model = wrapped(load_base("bf16"), config)
     if not (peft.__version__ < "0.18" and config.peft_type == "ADAPTION_PROMPT"):
         model.add_adapter("second", config)  # the oldest PEFT leaves the first one's layers about
-    sites = list(_walk.tensors(model))
+    sites = list(tensors_of(model))
     expected = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     assert expected <= {id(site.tensor) for site in sites}
     assert len({(site.part, site.adapter, site.name) for site in sites}) == len(sites)
@@ -102,8 +113,8 @@ def test_adapter_has_the_same_names_under_another_name(name, config, load_base):
         renamed = wrapped(load_base("bf16"), config, name)
     except (ValueError, KeyError) as error:
         pytest.fail(f"PEFT takes no adapter of that name: {error}")
-    assert list(tensors_of(renamed, "adapter")) == list(tensors_of(original, "adapter"))
-    owners = {site.adapter for site in _walk.tensors(renamed) if site.part == "adapter"}
+    assert list(part_of(renamed, "adapter")) == list(part_of(original, "adapter"))
+    owners = {site.adapter for site in tensors_of(renamed) if site.part == "adapter"}
     assert owners == {name}
 
 
@@ -112,7 +123,7 @@ def test_adapters_are_told_apart(load_base):
     model = wrapped(load_base("bf16"), CONFIGS["lora"])
     model.add_adapter("second", CONFIGS["lora"])
     by_adapter: dict[str | None, dict[str, int]] = {}
-    for site in _walk.tensors(model):
+    for site in tensors_of(model):
         if site.part == "adapter":
             by_adapter.setdefault(site.adapter, {})[site.name] = id(site.tensor)
     first, second = by_adapter["default"], by_adapter["second"]
@@ -124,7 +135,7 @@ def test_adapter_on_other_layers_has_no_part_in_them(load_base):
     """An adapter is in the layers that it targets."""
     model = wrapped(load_base("bf16"), CONFIGS["lora"])
     model.add_adapter("second", lora(target_modules=["v_proj"]))
-    names = [site.name for site in _walk.tensors(model) if site.adapter == "second"]
+    names = [site.name for site in tensors_of(model) if site.adapter == "second"]
     assert len(names) == 4
     assert all("v_proj.lora_" in name for name in names)
 
@@ -132,13 +143,13 @@ def test_adapter_on_other_layers_has_no_part_in_them(load_base):
 def test_tied_embeddings_are_listed_under_both_names(load_base, tied_lm):
     """As in a state dict; a model that came untied has two tensors there."""
     model = load_base("bf16", tied_lm)
-    tensors = tensors_of(wrapped(model, CONFIGS["lora"]), "base")
+    tensors = part_of(wrapped(model, CONFIGS["lora"]), "base")
     assert tensors["lm_head.weight"] is tensors["model.embed_tokens.weight"]
 
 
 def test_weight_with_a_trained_copy_is_shadowed(load_base):
     """What `modules_to_save` copies need not be the same in the base model, nothing else may."""
-    sites = list(_walk.tensors(wrapped(load_base("bf16"), CONFIGS["modules to save"])))
+    sites = list(tensors_of(wrapped(load_base("bf16"), CONFIGS["modules to save"])))
     shadowed = {site.name for site in sites if site.shadowed}
     assert shadowed == {"lm_head.weight"}
     copies = [site.name for site in sites if site.adapter and "lora_" not in site.name]
@@ -148,18 +159,18 @@ def test_weight_with_a_trained_copy_is_shadowed(load_base):
 def test_merged_weights_are_marked(load_base):
     """A weight with an adapter merged into it is not the checkpoint's; the others are."""
     model = wrapped(load_base("fp32"), CONFIGS["lora"])
-    assert not [site for site in _walk.tensors(model) if site.merged]
+    assert not [site for site in tensors_of(model) if site.merged]
     model.merge_adapter()
-    merged = {site.name for site in _walk.tensors(model) if site.merged}
+    merged = {site.name for site in tensors_of(model) if site.merged}
     assert "model.layers.0.self_attn.q_proj.weight" in merged
     assert not [name for name in merged if "q_proj" not in name and "down_proj" not in name]
     model.unmerge_adapter()
-    assert not [site for site in _walk.tensors(model) if site.merged]
+    assert not [site for site in tensors_of(model) if site.merged]
 
 
 def test_buffers_that_checkpoints_do_not_hold_are_told_apart(load_base):
     """Rotary frequencies come from the config."""
-    persistent = {site.name: site.persistent for site in _walk.tensors(load_base("bf16"))}
+    persistent = {site.name: site.persistent for site in tensors_of(load_base("bf16"))}
     assert not persistent["model.rotary_emb.inv_freq"]
     assert persistent["lm_head.weight"]
 
@@ -168,17 +179,17 @@ def test_compiled_base_has_its_original_names(load_base):
     """`torch.compile` puts a wrapper around a model, which is looked through."""
     base = load_base("bf16")
     model = wrapped(base, CONFIGS["lora"])
-    names = list(tensors_of(model, "base"))
+    names = list(part_of(model, "base"))
     model.base_model.model = torch.compile(base)
     assert _walk.base_of(model) is base
-    assert list(tensors_of(model, "base")) == names
+    assert list(part_of(model, "base")) == names
 
 
 def test_replaced_parameter_stays_the_parameter(load_base):
     """Data of another dtype goes into the parameter that the optimizer and ties refer to."""
     model = load_base("bf16")
     weight = model.lm_head.weight
-    (site,) = (site for site in _walk.tensors(model) if site.name == "lm_head.weight")
+    (site,) = (site for site in tensors_of(model) if site.name == "lm_head.weight")
     site.replace(torch.ones(64, 64))
     assert model.lm_head.weight is weight
     assert weight.dtype == torch.float32
@@ -188,7 +199,7 @@ def test_replaced_parameter_stays_the_parameter(load_base):
 def test_replaced_buffer_stays_a_buffer():
     """A buffer is put in its place, and stays one."""
     model = nn.BatchNorm1d(3)
-    (site,) = (site for site in _walk.tensors(model) if site.leaf == "running_mean")
+    (site,) = (site for site in tensors_of(model) if site.leaf == "running_mean")
     site.replace(torch.ones(3, dtype=torch.float64))
     assert dict(model.named_buffers())["running_mean"].dtype == torch.float64
 
@@ -198,12 +209,12 @@ def test_model_without_adapters_is_its_own_base(load_base):
     base = load_base("bf16")
     assert not _walk.is_peft_model(base)
     assert _walk.base_of(base) is base
-    assert {site.part for site in _walk.tensors(base)} == {"base"}
+    assert {site.part for site in tensors_of(base)} == {"base"}
 
 
 def test_only_containers_are_containers():
     """They hold layers and tensors by key, and run nothing."""
-    assert _walk.is_container(nn.ModuleDict())
-    assert _walk.is_container(nn.ParameterDict())
-    assert not _walk.is_container(nn.ModuleList())
-    assert not _walk.is_container(nn.Linear(1, 1))
+    assert _modules.is_container(nn.ModuleDict())
+    assert _modules.is_container(nn.ParameterDict())
+    assert not _modules.is_container(nn.ModuleList())
+    assert not _modules.is_container(nn.Linear(1, 1))

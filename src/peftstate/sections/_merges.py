@@ -110,8 +110,13 @@ def is_safe(model: nn.Module) -> bool:
 
 def merged_layers(model: nn.Module) -> list[Sequence[str]]:
     """The adapters that are merged in each layer that has any, in the order it was done in."""
-    merged = (getattr(module, "merged_adapters", ()) for module in modules_of(model))
+    merged = (getattr(module, "merged_adapters", ()) for module in _layers(model))
     return [tuple(names) for names in merged if names]
+
+
+def _layers(model: Any) -> list[nn.Module]:
+    """The modules of a model beside those of its adapters."""
+    return modules_of(model, beside=getattr(model, "peft_config", ()))
 
 
 def order_of(layers: Sequence[Sequence[str]], preferred: Sequence[str] = ()) -> tuple[str, ...]:

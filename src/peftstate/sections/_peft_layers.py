@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from peftstate._modules import is_layer_of_peft
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -91,14 +93,6 @@ def cached_layers(model: nn.Module) -> dict[int, list[tuple[str, str, nn.Module]
     return found
 
 
-@cache
-def _is_layer(cls: type) -> bool:
-    """Whether the modules of a class are layers of PEFT."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return issubclass(cls, BaseTunerLayer)
-
-
 def plain_tensors(module: nn.Module, adapter: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that a layer keeps in plain dictionaries, by the adapter's name.
 
@@ -108,7 +102,7 @@ def plain_tensors(module: nn.Module, adapter: str) -> Iterator[tuple[str, torch.
     from torch import Tensor
 
     cls: type = type(module)
-    if not _is_layer(cls):
+    if not is_layer_of_peft(cls):
         return
     for leaf, value in vars(module).items():
         if leaf in ("_parameters", "_buffers"):

@@ -223,12 +223,21 @@ def tensor_record(
 def tensor_records(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorRecord]:
     """Describe many tensors, in the order of their names."""
     names = sorted(tensors)
-    records = in_threads((tensors[name] for name in names), tensor_record)
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    records = in_threads((tensors[name] for name in names), tensor_record, nbytes=nbytes)
     return dict(zip(names, records, strict=True))
 
 
+WORTH_A_THREAD = 4 * 1024 * 1024
+"""Bytes; BLAKE3 takes half a millisecond for them, about as long as a thread takes to start."""
+
+
 def in_threads(
-    jobs: Iterable[Any], work: Any, reach: Callable[[int], object] = lambda _: None
+    jobs: Iterable[Any],
+    work: Any,
+    reach: Callable[[int], object] = lambda _: None,
+    *,
+    nbytes: int = WORTH_A_THREAD,
 ) -> list[Any]:
     """Do the same work on many tensors; BLAKE3 and torch let go of the GIL.
 
@@ -238,6 +247,7 @@ def in_threads(
         jobs: The tensors, or what stands for them.
         work: What is done with each.
         reach: Told by this thread how many are done.
+        nbytes: Bytes that there are to read.
     """
     todo = deque(enumerate(jobs))
     done: dict[int, Any] = {}
@@ -251,7 +261,9 @@ def in_threads(
             done[index] = work(job)
             reach(len(done))
 
-    others = min(os.cpu_count() or 1, len(todo)) - 1
+    others = 0
+    if nbytes >= WORTH_A_THREAD:
+        others = min(os.cpu_count() or 1, len(todo)) - 1
     with ThreadPoolExecutor(max_workers=max(others, 1)) as pool:
         running = [pool.submit(run) for _ in range(others)]
         try:

@@ -35,7 +35,7 @@ class _Walked:
 
     def __init__(self, model: Any, adapters: Collection[str]) -> None:
         self._model = model
-        self._wanted = {None, *adapters}
+        self._adapters = tuple(adapters)
         self.base_tensors: dict[str, Any] = {}
 
     def forget(self) -> None:
@@ -47,13 +47,13 @@ class _Walked:
     @cached_property
     def sites(self) -> tuple[_walk.Site, ...]:
         """The modules."""
-        return tuple(site for site in _walk.sites(self._model) if site.adapter in self._wanted)
+        return tuple(_walk.sites(self._model, self._adapters))
 
     @cached_property
     def tensors(self) -> tuple[_walk.TensorSite, ...]:
         """The parameters and buffers."""
-        found = _walk.tensors_of(self._model, self.sites)
-        return tuple(site for site in found if site.adapter in self._wanted)
+        found = _walk.tensors(self._model, self.sites)
+        return tuple(site for site in found if site.adapter in (None, *self._adapters))
 
 
 @attrs.frozen(kw_only=True)

@@ -11,12 +11,12 @@ adapter must be found again under another name. So everything belongs to one *pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import attrs
 
+from peftstate._modules import is_container
 from peftstate.sections._peft_layers import (
     cached_layers,
     is_adapted_attention,
@@ -114,18 +114,18 @@ def base_of(model: Any) -> nn.Module:
     return inner
 
 
-def sites(model: nn.Module) -> list[Site]:
-    """Every module of a model, each module once in each part that it belongs to."""
-    return _Walk(model).run()
+def sites(model: Any, adapters: Collection[str]) -> list[Site]:
+    """Every module of a model, each module once in each part that it belongs to.
+
+    Args:
+        model: The model.
+        adapters: Names of the adapters whose modules are wanted.
+    """
+    return _Walk(model, adapters).run()
 
 
-def tensors(model: nn.Module) -> list[TensorSite]:
-    """Every parameter and buffer of a model; a shared one under each of its names."""
-    return tensors_of(model, sites(model))
-
-
-def tensors_of(model: Any, sites: Iterable[Site]) -> list[TensorSite]:
-    """Every parameter and buffer of a model whose modules were found already."""
+def tensors(model: Any, sites: Iterable[Site]) -> list[TensorSite]:
+    """Every parameter and buffer of a model's modules; a shared one under each of its names."""
     adapters = frozenset(getattr(model, "peft_config", ())) if is_peft_model(model) else frozenset()
     found: dict[tuple[str, str | None, str], TensorSite] = {}
     for site in sites:
@@ -174,20 +174,6 @@ def _join(name: str, child: str) -> str:
     return f"{name}.{child}" if name else child
 
 
-def is_container(module: nn.Module) -> bool:
-    """Whether a module only holds others, or tensors, by key."""
-    return isinstance(module, _containers())
-
-
-@cache
-def _containers() -> tuple[type[nn.Module], ...]:
-    """The classes of modules that only hold others."""
-    from peft.tuners._buffer_dict import BufferDict
-    from torch import nn
-
-    return (nn.ModuleDict, nn.ParameterDict, BufferDict)
-
-
 @attrs.frozen
 class _Over:
     """What the layers of PEFT around a module of the base model do to it."""
@@ -211,10 +197,12 @@ _NOTHING = _Over(shadowed=False, merged=False, adapted=False)
 class _Walk:
     """One walk over a model."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, wanted: Collection[str]) -> None:
         self._model = model
         self._base = base_of(model)
         self._adapters = tuple(getattr(model, "peft_config", ())) if is_peft_model(model) else ()
+        self._wanted = frozenset(wanted)
+        self._unwanted = frozenset(self._adapters) - self._wanted
         self._cached = cached_layers(model)
         self._replicated = replicated_layers(model) if self._adapters else None
         self._seen: set[int] = set()
@@ -247,7 +235,8 @@ class _Walk:
             Site("base", None, name, module, over.shadowed, over.merged, over.adapted)
         )
         for adapter, key, layer in self._cached.get(id(module), ()):
-            self._found.append(Site("adapter", adapter, _join(live, key), layer))
+            if adapter in self._wanted:
+                self._found.append(Site("adapter", adapter, _join(live, key), layer))
         numbers = self._numbers_of(module)
         for key, child in module._modules.items():
             if child is not None:
@@ -271,12 +260,20 @@ class _Walk:
         replaced = module._modules[original]
         if replaced is not None:
             self._walk_base(replaced, name, _join(live, original), over.and_by(module))
-        members = [name for name in self._adapters if _holds(module, name)]
+        held = _keys_of(module)
+        members = [name for name in self._adapters if name in held]
         for adapter in members or self._owners(module):
-            self._found.append(Site("adapter", adapter, live, module))
+            self._add(adapter, live, module)
+        if not self._adapters:  # a base model by itself: what is in it of others is not looked at
+            return
         for key, child in module._modules.items():
             if key != original and child is not None:
                 self._walk_shared(child, _join(live, key), members)
+
+    def _add(self, adapter: str, live: str, module: nn.Module) -> None:
+        """Add a module of an adapter, if that is wanted."""
+        if adapter in self._wanted:
+            self._found.append(Site("adapter", adapter, live, module))
 
     def _owners(self, module: nn.Module) -> tuple[str, ...]:
         """The adapters of a layer that holds nothing by the names of adapters."""
@@ -292,12 +289,12 @@ class _Walk:
         if not self._first_visit(module):
             return
         for member in members:
-            self._found.append(Site("adapter", member, live, module))
+            self._add(member, live, module)
         if not members:
             self._found.append(Site("model", None, live, module))
         for key, child in module._modules.items():
-            if child is not None:
-                adapter = key if key in self._adapters else None
+            if child is not None and key not in self._unwanted:
+                adapter = key if key in self._wanted else None
                 inner = live if adapter else _join(live, key)
                 self._walk_peft(child, inner, adapter=adapter)
 
@@ -311,17 +308,18 @@ class _Walk:
             return
         if not self._first_visit(module):
             return
-        part: Part = "model" if adapter is None else "adapter"
-        self._found.append(Site(part, adapter, live, module))
+        if adapter is None:
+            self._found.append(Site("model", None, live, module))
+        else:
+            self._add(adapter, live, module)
         children = sorted(module._modules.items(), key=lambda item: item[0] != "base_model")
         for key, child in children:
             if child is not None:
                 self._walk_peft(child, _join(live, key), adapter=adapter)
 
 
-def _holds(module: nn.Module, adapter: str) -> bool:
-    """Whether a layer of PEFT has anything of an adapter."""
-    containers: list[Any] = [
-        child for child in module._modules.values() if child is not None and is_container(child)
-    ]
-    return any(adapter in container for container in containers)
+def _keys_of(module: nn.Module) -> set[str]:
+    """The keys by which a layer of PEFT holds anything."""
+    children = (child for child in module._modules.values() if child is not None)
+    containers: list[Any] = [child for child in children if is_container(child)]
+    return {key for container in containers for key in container}

@@ -30,7 +30,12 @@ from peftstate.sections._hub_cache import cached_checkpoint
 from peftstate.sections._model_config import RESTORED_CONFIG, config_fields, restore_config
 from peftstate.sections._peft_layers import replicated_layers
 from peftstate.sections._remote_code import remote_code
-from peftstate.sections._tensors import TensorRecord, in_threads, tensor_record
+from peftstate.sections._tensors import (
+    WORTH_A_THREAD,
+    TensorRecord,
+    in_threads,
+    tensor_record,
+)
 from peftstate.sections._walk import is_peft_model
 
 if TYPE_CHECKING:
@@ -184,11 +189,13 @@ def _capture_again(
         return described
 
     with progress("Comparing the base model", len(tensors), "tensors") as reach:
-        described = dict(zip(tensors, in_threads(tensors, describe, reach), strict=True))
+        unread = view.trusts_seen or skipped >= tensors.keys()
+        nbytes = 0 if unread else WORTH_A_THREAD
+        found_records = in_threads(tensors, describe, reach, nbytes=nbytes)
     found = _describe(
         view,
         fingerprint=record.fingerprint,
-        tensors=described,
+        tensors=dict(zip(tensors, found_records, strict=True)),
         changed=record.changed,
         shadowed=record.shadowed,
     )

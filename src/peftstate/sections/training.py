@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from peftstate._modules import is_container
 from peftstate.errors import TrainingStateMismatchError
 from peftstate.sections._base import Section
 from peftstate.sections._table import Table
-from peftstate.sections._walk import is_container
 
 if TYPE_CHECKING:
     from torch import nn
