@@ -28,7 +28,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo demo-gemma test lint types docs test-wheel test-oldest test-peft fidelity reliability vllm build constraints clean
+.PHONY: help venv demo demo-gemma test lint types docs test-wheel test-oldest test-peft fidelity reliability bench bench-gemma vllm build constraints clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
@@ -79,6 +79,13 @@ reliability: venv  ## write the figures of docs/reliability.md anew, in half an 
 	set -e; for harness in faults bitflips crashes races threads hostile; do \
 		$(VENV)/bin/python -m benchmarks.$$harness --write; \
 	done
+
+bench bench-gemma: export HF_HUB_OFFLINE := 1
+bench: venv  ## time and memory against plain PEFT, on models made on the spot; on an idle machine
+	$(VENV)/bin/python -m benchmarks.performance
+
+bench-gemma: $(GEMMA)  ## the same with a real Gemma 3 270M too; writes docs/performance.md anew
+	$(VENV)/bin/python -m benchmarks.performance --gemma --write
 
 vllm: export HF_HUB_OFFLINE := 1
 vllm: export OMP_NUM_THREADS := 1

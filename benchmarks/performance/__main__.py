@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gemma", action="store_true", help="with the real Gemma 3 270M")
     parser.add_argument("--quick", action="store_true", help="one run of each, on tiny models")
+    parser.add_argument("--repetitions", type=int, help="how many runs of everything count")
     parser.add_argument("--json", type=Path, metavar="OUT", help="put all figures into a file")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="draw the growth into a file")
     parser.add_argument("--write", action="store_true", help="put tables and picture on the page")
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.write and not options.gemma:
         parser.error("the page has Gemma")
     extent = QUICK if options.quick else WITH_GEMMA if options.gemma else SYNTHETIC
+    if options.repetitions:
+        extent = extent.repeated(options.repetitions)
     with tempfile.TemporaryDirectory(prefix="peftstate-bench-") as folder:
         results = measure(extent, Path(folder))
     for table in tables(results):

@@ -15,8 +15,14 @@ from benchmarks.performance._measure import Comparison, Sample, alternately, tim
 PYTHON = "python -c pass"
 IMPORT_PEFT = 'python -c "import peft"'
 IMPORT = 'python -c "import peftstate"'
+IMPORT_COMMANDS = 'python -c "import peftstate.cli.app"'
 VERIFY = "peftstate verify"
-_CODE = {PYTHON: "pass", IMPORT_PEFT: "import peft", IMPORT: "import peftstate"}
+_CODE = {
+    PYTHON: "pass",
+    IMPORT_PEFT: "import peft",
+    IMPORT: "import peftstate",
+    IMPORT_COMMANDS: "import peftstate.cli.app",
+}
 
 
 def _verify(*arguments: str) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,8 +35,10 @@ class Extent:
         memory: The paths whose memory is measured, each with one of the workloads.
         repetitions: How many runs count; `None`: as many as the workload says.
         processes: How many runs of processes count.
-        profiled: How many runs of a profile count.
+        profiled: How many runs of a profile, and of each rate, count.
+        read: Bytes that are read to measure the rates of the machine.
         live: The numbers of adapters that a further one is loaded beside.
+        served: How many runs of that count.
         verified: How many adapters are verified together.
         ranks: Of growing adapters.
         widths: Of growing base models.
@@ -47,15 +51,23 @@ class Extent:
     workloads: tuple[Workload, ...]
     memory: tuple[tuple[str, Workload], ...]
     repetitions: int | None = None
-    processes: int = 9
-    profiled: int = 5
+    processes: int = 7
+    profiled: int = 3
+    read: int = _rates.SIZE
     live: tuple[int, ...] = _hot.COUNTS
+    served: int = 5
     verified: int = 1000
     ranks: tuple[int, ...] = _growth.RANKS
     widths: tuple[int, ...] = _growth.WIDTHS
     together: tuple[int, ...] = _growth.ADAPTERS
     sections: tuple[int, ...] | None = None
     grown: int = 3
+
+    def repeated(self, number: int) -> Extent:
+        """The same with as many runs of everything."""
+        return attrs.evolve(
+            self, repetitions=number, processes=number, profiled=number, served=number, grown=number
+        )
 
     def runs_of(self, workload: Workload) -> int:
         """How many runs of a workload count."""
@@ -71,23 +83,26 @@ WITH_GEMMA = Extent(
     command="make bench-gemma",
     workloads=(TINY, GEMMA_BF16, GEMMA_NF4, LARGE),
     memory=(
-        *((path, each) for path in ("load", "save") for each in (GEMMA_BF16, GEMMA_NF4, LARGE)),
+        *(("load", each) for each in (GEMMA_BF16, GEMMA_NF4, LARGE)),
+        *(("save", each) for each in (GEMMA_BF16, LARGE)),
         ("adapters", TINY),
     ),
 )
 QUICK = Extent(
     command="python -m benchmarks.performance --quick",
     workloads=(TINY,),
+    memory=(("load", TINY),),
     repetitions=1,
     processes=1,
     profiled=1,
-    memory=(("load", TINY),),
+    read=2**24,
     live=(1, 3),
-    verified=3,
-    ranks=(4, 8),
-    widths=(256, 512),
-    together=(1, 2),
-    sections=(0, 13),
+    served=1,
+    verified=2,
+    ranks=(4,),
+    widths=(256,),
+    together=(2,),
+    sections=(13,),
     grown=1,
 )
 
@@ -101,7 +116,8 @@ def measure(extent: Extent, folder: Path) -> Results:
     """
     timings: list[Timing] = []
     profiles: list[Profile] = []
-    rates = _rates.measure(extent.profiled)
+    gc.freeze()  # the libraries, which the collection before each run need not go over
+    rates = _rates.measure(extent.profiled, extent.read)
     for workload in extent.workloads:
         _say(workload.title)
         bench = Bench.make(workload, folder / workload.name)
@@ -131,13 +147,16 @@ def measure(extent: Extent, folder: Path) -> Results:
 
 
 def _say(what: str) -> None:
-    """Show how far the run is."""
-    print(f"{what} …", file=sys.stderr, flush=True)
+    """Show how far the run is, and for how many seconds the process has been running."""
+    print(f"{time.perf_counter() - _STARTED:4.0f} s  {what} …", file=sys.stderr, flush=True)
+
+
+_STARTED = time.perf_counter()
 
 
 def _of_bench(bench: Bench, workload: Workload, repetitions: int) -> Iterator[Timing]:
-    """Loads and saves of a workload."""
-    first, second = _live.save(bench, repetitions)
+    """Loads of a workload, and half as many saves, each of which takes a load before it."""
+    first, second = _live.save(bench, -(-repetitions // 2))
     for path, situation, times in (
         ("from_pretrained", "", _live.load(bench, repetitions)),
         ("save_pretrained", "", first),
@@ -167,7 +186,7 @@ def _memory_of(path: str, workload: Workload, folder: Path) -> Memory:
 
 def _of_server(folder: Path, extent: Extent) -> Iterator[Timing]:
     """Further adapters on a live model."""
-    for count, times in _hot.load_adapter(TINY, folder, extent.runs_of(TINY), extent.live):
+    for count, times in _hot.load_adapter(TINY, folder, extent.served, extent.live):
         title = f"{TINY.title}, beside {count:,}"
         yield Timing(path="load_adapter", workload=title, against=PEFT.name, times=times)
 
@@ -179,6 +198,7 @@ def _of_starts(adapter: Path, repetitions: int) -> Iterator[Timing]:
     for name, workload in (
         (_processes.PYTHON, "the start of Python alone"),
         (_processes.IMPORT, ""),
+        (_processes.IMPORT_COMMANDS, "the command line"),
         (_processes.VERIFY, f"an adapter of {size / 1e6:.0f} MB"),
     ):
         times = _processes.against_peft(runs, name)

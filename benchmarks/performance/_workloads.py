@@ -109,7 +109,7 @@ TINY = Workload(
     title="tiny Llama, r=8",
     make=partial(llama, hidden=256, layers=4, intermediate=512, vocab=1024),
     config=lora(8),
-    repetitions=31,
+    repetitions=21,
 )
 MEDIUM = Workload(
     name="medium",
@@ -130,14 +130,14 @@ GEMMA_BF16 = Workload(
     title="Gemma 3 270M in bf16, r=64",
     make=gemma,
     config=lora(64),
-    repetitions=15,
+    repetitions=11,
 )
 GEMMA_NF4 = Workload(
     name="gemma-nf4",
     title="Gemma 3 270M in nf4, r=64",
     make=gemma_nf4,
     config=lora(64),
-    repetitions=15,
+    repetitions=11,
 )
 WORKLOADS: Mapping[str, Workload] = {
     each.name: each for each in (TINY, MEDIUM, LARGE, GEMMA_BF16, GEMMA_NF4)

@@ -58,8 +58,7 @@ LOAD: Steps = {
     ),
     "compare what was restored": ("_loading:compare_restored",),
     "remember what a failure would have to undo": (
-        "_loading:Snapshot.of",
-        "_loading:Standing.now",
+        "_loading:undone_on_failure",
         "_loading:_spare_data",
     ),
 }
@@ -70,7 +69,7 @@ SAVE: Steps = {
     ),
     "capture the rest of the state": ("_saving:capture_sections",),
     "write the adapter, by PEFT": ("_saving:_write_adapters",),
-    "describe what was written": ("_saving:_write_state",),
+    "describe what was written": ("_saving:write_state",),
     "bring it onto the disk (fsync)": ("_storage:_seal",),
     "commit": ("_storage:_commit", "_storage:_finish_committed"),
 }
