@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,80 +124,3 @@ def test_reading_imports_no_torch(arguments):
         f"app({arguments!r}, standalone_mode=False)\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
-def test_verify_a_good_adapter():
-    """A line, and exit code 0."""
-    result = run("verify", str(GOLDEN / "classifier"))
-    assert result.exit_code == 0
-    assert result.output.splitlines()[0].split() == ["ok", OTHER]
-
-
-@pytest.fixture
-def folders(tmp_path):
-    """Adapters of every kind, below one folder: good, damaged, of plain PEFT."""
-    shutil.copytree(GOLDEN / "two-adapters", tmp_path / "a" / "good")
-    shutil.copytree(GOLDEN / "classifier", tmp_path / "b" / "damaged")
-    weights = tmp_path / "b" / "damaged" / "adapter_model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.chmod(0o644)
-    weights.write_bytes(data)
-    (tmp_path / "c" / "plain").mkdir(parents=True)
-    (tmp_path / "c" / "plain" / "adapter_config.json").write_text("{}")
-    (tmp_path / "c" / "no-adapter").mkdir()
-    return tmp_path
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo terminals")
-def test_verify_in_a_terminal(folders):
-    """The bar that shows the progress, and what is printed, do not share a line."""
-    import pty
-
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "peftstate", "verify", "--recursive", str(folders)]
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
-    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment):
-        os.close(theirs)
-        printed = b""
-        with contextlib.suppress(OSError):  # which stands for the end
-            while data := os.read(ours, 1000):
-                printed += data
-    os.close(ours)
-    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9?;]*[a-zA-Z]", "", printed.decode()))
-    assert any(line.startswith("Verifying ") for line in lines)
-    assert [line for line in lines if "good" in line] == [
-        f"ok           {folders / 'a' / name}" for name in ("good", "good/ref")
-    ]
-
-
-def test_verify_all_below(folders):
-    """Each adapter has its line in order, what fails says why, and a summary ends it."""
-    result = run("verify", "--recursive", str(folders))
-    lines = result.output.splitlines()
-    verdicts = [line.rsplit(maxsplit=1) for line in lines if not line.startswith(" ")][:-1]
-    assert [(word.strip(), Path(path).name) for word, path in verdicts] == [
-        ("ok", "good"),
-        ("ok", "ref"),
-        ("DIFFERS", "damaged"),
-        ("NOT VERIFIED", "plain"),
-    ]
-    assert any(line.startswith("  files[adapter_model.safetensors]") for line in lines)
-    assert lines[-1] == "4 adapters: 2 ok, 1 differ, 1 not verified."
-    assert result.exit_code == 1
-
-
-def test_verify_exit_codes(folders):
-    """Damage is 1, nothing to verify by is 3, and a folder without any adapter is no success."""
-    assert run("verify", "-r", str(folders / "a")).exit_code == 0
-    assert run("verify", str(folders / "b" / "damaged")).exit_code == 1
-    assert run("verify", "-r", str(folders / "a"), str(folders / "c")).exit_code == 3
-    assert run("verify", "-r", str(folders / "c" / "no-adapter")).exit_code == 3
-
-
-def test_verify_for_other_programs(folders):
-    """As JSON, an object an adapter, with its differences."""
-    found = json.loads(run("verify", "-r", "--json", str(folders)).output)
-    assert [item["ok"] for item in found] == [True, True, False, False]
-    assert found[2]["mismatches"][0]["field"] == "[adapter_model.safetensors].sha256"
-    assert found[3]["error"].startswith("ManifestNotFoundError: ")

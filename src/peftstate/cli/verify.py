@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -12,6 +15,7 @@ import attrs
 import typer
 from rich.progress import track
 
+from peftstate._progress import are_disabled
 from peftstate._report import Report
 from peftstate._storage import ADAPTER_CONFIG_NAME, MANIFEST_NAME, RESERVED_PREFIX
 from peftstate._verifying import verify_files
@@ -30,6 +34,9 @@ from peftstate.errors import PeftStateError
 
 _SHOWN = 5
 """Differences of one adapter that are printed."""
+_MANY = 128
+"""Adapters for which a process for each core is worth its start: files are hashed in threads just
+as well, but to read a manifest takes Python itself, at which threads take turns."""
 
 Sources: TypeAlias = Annotated[
     list[str], typer.Argument(metavar="PATH_OR_REPO", help="Adapters' folders, or repos.")
@@ -95,12 +102,8 @@ def verify(
         err.print("There is no adapter below these folders.")
         raise typer.Exit(Exit.UNVERIFIABLE)
     verdicts = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results: Iterable[_Verdict] = pool.map(lambda source: _verdict(source, trusted_key), found)
-        bar = out if out.is_terminal else err  # what is printed meanwhile goes above it
-        if len(found) > 1 and bar.is_terminal:
-            results = track(results, "Verifying", total=len(found), console=bar, transient=True)
-        for verdict in results:
+    with _verdicts(found, trusted_key) as results:
+        for verdict in _shown(results, len(found)):
             verdicts.append(verdict)
             if not as_json:
                 out.print("\n".join(verdict.lines()), markup=False)
@@ -112,12 +115,37 @@ def verify(
     raise typer.Exit(next(c for c in (Exit.DIFFERS, Exit.UNVERIFIABLE, Exit.OK) if c in codes))
 
 
+def _shown(results: Iterable[_Verdict], number: int) -> Iterable[_Verdict]:
+    """The verdicts, with a bar for many that says how far they are."""
+    bar = out if out.is_terminal else err  # what is printed meanwhile goes above it
+    if number == 1 or not bar.is_terminal or are_disabled():
+        return results
+    return track(results, "Verifying", total=number, console=bar, transient=True)
+
+
 def _adapters(source: str) -> Iterator[str]:
     """The adapters' folders below a folder, itself included, sorted."""
     for folder, subfolders, files in os.walk(source):
         subfolders[:] = sorted(n for n in subfolders if not n.startswith(RESERVED_PREFIX))
         if {ADAPTER_CONFIG_NAME, MANIFEST_NAME} & set(files):
             yield folder
+
+
+@contextmanager
+def _verdicts(
+    sources: Sequence[str], trusted_keys: Sequence[Path] | None
+) -> Iterator[Iterable[_Verdict]]:
+    """Verify adapters, several at a time; the verdicts come in the order of the adapters."""
+    verdict = partial(_verdict, trusted_keys=trusted_keys)
+    if len(sources) == 1:  # in this thread, which may show how far it is
+        yield map(verdict, sources)
+    elif len(sources) < _MANY:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            yield threads.map(verdict, sources)
+    else:
+        ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program as a whole
+        with ProcessPoolExecutor(initializer=signal.signal, initargs=ignore) as processes:
+            yield processes.map(verdict, sources, chunksize=8)
 
 
 def _verdict(source: str, trusted_keys: Sequence[Path] | None) -> _Verdict:
