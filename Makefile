@@ -36,10 +36,10 @@ help:  ## list these commands
 venv: $(VENV)/.installed  ## the package, editable, with what a contributor needs, in .venv
 
 demo: venv  ## what plain PEFT loses and peftstate keeps; MODEL=... for a model of yours
-	$(VENV)/bin/python examples/demo.py $(if $(MODEL),--model "$(MODEL)")
+	$(VENV)/bin/peftstate demo $(if $(MODEL),--model "$(MODEL)")
 
 demo-gemma: $(GEMMA)  ## the same on a real Gemma 3 270M, a download of 250 MB
-	$(VENV)/bin/python examples/demo.py --gemma
+	$(VENV)/bin/peftstate demo --model $(PEFTSTATE_GEMMA)
 
 test: lint types docs test-wheel  ## all that a change must pass
 

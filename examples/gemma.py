@@ -53,12 +53,6 @@ def gemma_checkpoint(directory: str | os.PathLike[str]) -> Path:
     return target
 
 
-def default_directory() -> Path:
-    """Where the checkpoint is kept between runs: ``$PEFTSTATE_GEMMA``, or the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("PEFTSTATE_GEMMA", cache / "peftstate" / "gemma-3-270m"))
-
-
 def _is_complete(directory: Path) -> bool:
     """Whether a checkpoint was made there."""
     return all((directory / name).is_file() for name in CHECKPOINT_FILES)

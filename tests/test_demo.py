@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import attrs
-import demo
 import pytest
-from _show import quiet, table
-from _tiny import tiny_checkpoint
 from rich.console import Console
+
+from peftstate._demo import flow
+from peftstate._demo.show import quiet, table
+from peftstate._demo.tiny import tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,7 @@ def comparisons(tmp_path_factory):
     work = tmp_path_factory.mktemp("demo")
     with quiet():
         checkpoint = tiny_checkpoint(work / "base")
-        return demo.run(checkpoint, work / "adapter", 3, lambda _: None)
+        return flow.run(checkpoint, work / "adapter", 3, lambda _: None)
 
 
 @pytest.mark.parametrize("column", [2, 3], ids=["given base", "rebuilt base"])
@@ -49,7 +50,7 @@ def test_plain_auto_model_loses_the_quantization(comparisons):
 
 def test_exit_code_is_0_for_exact_reloads(comparisons):
     """The exit code is 0 for exact reloads with peftstate, whatever plain PEFT does."""
-    assert demo.exit_code(comparisons) == 0
+    assert flow.exit_code(comparisons) == 0
 
 
 @pytest.mark.parametrize(
@@ -59,14 +60,14 @@ def test_exit_code_is_0_for_exact_reloads(comparisons):
 )
 def test_exit_code_tells_of_an_inexact_reload(comparisons, change):
     """A reload with peftstate that is off in anything makes the demo fail."""
-    assert demo.exit_code([*comparisons[:3], attrs.evolve(comparisons[3], **change)]) == 1
+    assert flow.exit_code([*comparisons[:3], attrs.evolve(comparisons[3], **change)]) == 1
 
 
 def test_exit_code_tells_of_lost_state(comparisons):
     """State that a reload with peftstate lost makes the demo fail, even if the logits agree."""
     lost = attrs.evolve(comparisons[3], kept=comparisons[3].kept | {"random_numbers": False})
 
-    assert demo.exit_code([*comparisons[:3], lost]) == 1
+    assert flow.exit_code([*comparisons[:3], lost]) == 1
 
 
 def test_table_shows_what_was_found(comparisons):

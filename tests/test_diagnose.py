@@ -9,9 +9,9 @@ import peft
 import pytest
 import torch
 import transformers
-from _tiny import tiny_checkpoint
 
 import peftstate
+from peftstate._demo.tiny import tiny_checkpoint
 from peftstate._diagnosis import Effect
 from peftstate.errors import AdapterLoadError, BaseModelMismatchError, ManifestNotFoundError
 from peftstate.sections import _platform, predictions

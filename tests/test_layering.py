@@ -31,6 +31,7 @@ MAY_BE_HEAVY = {
     "_api",
     "_auto",
     "_base_loading",
+    "_demo",
     "_diagnosing",
     "_initialisation",
     "_injection",

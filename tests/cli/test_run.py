@@ -98,7 +98,7 @@ def test_wrong_usage_is_told(arguments, message):
 @pytest.mark.skipif(version("trl") < "1", reason="TRL 0.22's script does not start by itself")
 def test_trls_own_script_is_reached(tmp_path):
     """`trl.scripts.sft`, which knows nothing of us, leaves checkpoints with manifests."""
-    from _tiny import SENTENCES, tiny_checkpoint
+    from peftstate._demo.tiny import SENTENCES, tiny_checkpoint
 
     tiny_checkpoint(tmp_path / "base")
     data = tmp_path / "data"

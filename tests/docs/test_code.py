@@ -20,13 +20,13 @@ import peft
 import pytest
 import torch
 import transformers
-from _tiny import tiny_checkpoint
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
 import peftstate
 from peftstate import errors
+from peftstate._demo.tiny import tiny_checkpoint
 from peftstate.cli.app import app
 from tests.docs._pages import PAGES, blocks_of, with_blocks
 

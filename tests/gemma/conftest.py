@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 
 import attrs
-import demo
 import pytest
-from _show import quiet
 from gemma import gemma_checkpoint
 from trl import SFTTrainer
+
+from peftstate._demo import flow
+from peftstate._demo.show import quiet
 
 
 @attrs.frozen(kw_only=True)
@@ -17,7 +18,7 @@ class Trained:
     """Gemma after three steps of QLoRA, saved, and still in memory."""
 
     trainer: SFTTrainer
-    saved: demo.Saved
+    saved: flow.Saved
 
 
 @pytest.fixture(autouse=True)
@@ -40,17 +41,17 @@ def trained(checkpoint, tmp_path_factory):
     """The flow of peft#1649: nf4 with double quantization, `SFTTrainer`, `save_model`."""
     output = tmp_path_factory.mktemp("gemma") / "adapter"
     with quiet():
-        trainer = demo.train(checkpoint, output, steps=3)
-        demo.set_generation(trainer.model)
-        return Trained(trainer=trainer, saved=demo.save(trainer, checkpoint, output))
+        trainer = flow.train(checkpoint, output, steps=3)
+        flow.set_generation(trainer.model)
+        return Trained(trainer=trainer, saved=flow.save(trainer, checkpoint, output))
 
 
 @pytest.fixture(
     scope="session",
-    params=[how for how in demo.RELOADS if how.is_exact],
+    params=[how for how in flow.RELOADS if how.is_exact],
     ids=lambda how: how.load.__name__,
 )
 def comparison(request, trained):
     """A reload with peftstate, compared with the model that was saved."""
     with quiet():
-        return demo.reload(request.param, trained.saved)
+        return flow.reload(request.param, trained.saved)

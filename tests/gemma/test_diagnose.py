@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import demo
 import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peftstate
+from peftstate._demo import flow
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 def test_plain_peft_differs_by_the_adapters_dtype(trained):
     """With the same `BitsAndBytesConfig`, the dtype that PEFT casts to is the whole difference."""
     found = peftstate.diagnose(
-        trained.saved.adapter, as_plain_peft=True, prediction_probe=demo.PROMPT
+        trained.saved.adapter, as_plain_peft=True, prediction_probe=flow.PROMPT
     )
     assert [(cause.name, cause.in_total) for cause in found.causes] == [
         ("adapter dtype", True),
@@ -27,7 +27,7 @@ def test_plain_peft_differs_by_the_adapters_dtype(trained):
     assert cause.effect == found.total
     assert found.rest.is_none
 
-    plain = demo.reload(demo.RELOADS[0], trained.saved)
+    plain = flow.reload(flow.RELOADS[0], trained.saved)
     assert cause.effect.max_difference == plain.logit_difference > 0.1
 
 
@@ -46,7 +46,7 @@ def test_a_wrong_base_differs_by_its_quantization(trained, checkpoint, kind):
             checkpoint, quantization_config=config, dtype=torch.bfloat16
         )
         users = peft.PeftModel.from_pretrained(base, trained.saved.adapter)
-    found = peftstate.diagnose(trained.saved.adapter, users, prediction_probe=demo.PROMPT)
+    found = peftstate.diagnose(trained.saved.adapter, users, prediction_probe=flow.PROMPT)
     names = {"unquantized": "quantization", "fp4": "quantization type"}
     assert [cause.name for cause in found.causes] == [names[kind], "adapter dtype", "train mode"]
     first, second, _ = found.causes

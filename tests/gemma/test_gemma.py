@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import attrs
-import demo
 import peft
 import pytest
 import torch
-from _measure import Answer, State
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peftstate
+from peftstate._demo import flow
+from peftstate._demo.measure import Answer, State
 from peftstate.errors import BaseModelMismatchError, QuantizationMismatchError
 
 pytestmark = pytest.mark.slow
@@ -68,7 +68,7 @@ def test_base_quantized_otherwise_is_refused(trained, quantization):
 )
 def test_base_with_a_changed_weight_is_refused(trained, name):
     """One bit of one weight of the base model is enough, and the error names the weight."""
-    base = demo.load_base(trained.saved.checkpoint)
+    base = flow.load_base(trained.saved.checkpoint)
     base.get_parameter(name).data.view(torch.uint8).flatten()[0] ^= 1
 
     with pytest.raises(BaseModelMismatchError, match=name) as error:
@@ -83,7 +83,7 @@ def test_saving_leaves_the_live_model_alone(trained, tmp_path):
 
     model.save_pretrained(tmp_path)
 
-    after = Answer.of(model, saved.tokenizer, demo.PROMPT, saved.random_state)
+    after = Answer.of(model, saved.tokenizer, flow.PROMPT, saved.random_state)
     assert torch.equal(after.logits, saved.answer.logits)
     assert after.text == saved.answer.text
 
@@ -92,7 +92,7 @@ def test_model_that_has_generated_comes_back(trained, tmp_path):
     """A 4-bit model that has run before the save is reloaded just as exactly."""
     trained.trainer.model.save_pretrained(tmp_path)
 
-    found = demo.reload(demo.RELOADS[2], attrs.evolve(trained.saved, adapter=tmp_path))
+    found = flow.reload(flow.RELOADS[2], attrs.evolve(trained.saved, adapter=tmp_path))
 
     assert found.logit_difference == 0.0
     assert found.same_text
@@ -101,7 +101,7 @@ def test_model_that_has_generated_comes_back(trained, tmp_path):
 def test_plain_peft_loads_the_folder(trained):
     """To plain PEFT the folder is an ordinary adapter: it finds every tensor, and its values."""
     model = peft.PeftModel.from_pretrained(
-        demo.load_base(trained.saved.checkpoint), trained.saved.adapter
+        flow.load_base(trained.saved.checkpoint), trained.saved.adapter
     )
 
     found = peft.get_peft_model_state_dict(model)

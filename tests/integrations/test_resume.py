@@ -12,11 +12,11 @@ import safetensors.torch
 import torch
 import transformers
 import trl
-from _tiny import SENTENCES, tiny_checkpoint
 from peft import LoraConfig
 
 import peftstate
 from peftstate import PeftStateCallback
+from peftstate._demo.tiny import SENTENCES, tiny_checkpoint
 from tests.integrations.test_trainer import DATA
 
 IS_OLD_TRL = importlib.metadata.version("trl").startswith("0.")

@@ -7,6 +7,7 @@ import typer
 from peftstate.cli import (
     adopt,
     base_args,
+    demo,
     diagnose,
     diff,
     probe,
@@ -36,6 +37,7 @@ app.command()(base_args.base_args)
 app.command()(vllm_args.vllm_args)
 app.command()(probe.probe)
 app.command()(schema.schema)
+app.command()(demo.demo)
 
 
 def main() -> None:

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import attrs
 import datasets
 import transformers
-from _measure import Comparison, State
 from rich.table import Table
+
+from peftstate._demo.measure import Comparison, State
 
 
 @contextmanager

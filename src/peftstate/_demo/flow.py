@@ -1,9 +1,5 @@
 """Train a QLoRA adapter, save it, reload it in four ways, compare each with what was saved.
 
-    python examples/demo.py             # a tiny model with random weights, made on the spot
-    python examples/demo.py --gemma     # Gemma 3 270M, made from packages of the Python index
-    python examples/demo.py --model ID  # a causal language model of yours: a folder or a Hub id
-
 Two reloads are plain PEFT, as its tutorials show it; two are peftstate. This is an end-to-end test,
 too: the exit code is 0 when both peftstate reloads are the saved model in every row of the table.
 """
@@ -11,10 +7,8 @@ too: the exit code is 0 when both peftstate reloads are the saved model in every
 # ruff: noqa: E402
 from __future__ import annotations
 
-import argparse
 import gc
 import logging
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,10 +21,6 @@ import attrs
 import datasets
 import peft
 import torch
-from _measure import Answer, Comparison, PeftModel, RandomState, State
-from _show import quiet, table
-from _tiny import SENTENCES, tiny_checkpoint
-from gemma import default_directory, gemma_checkpoint
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
@@ -45,6 +35,9 @@ from trl import SFTConfig, SFTTrainer
 
 import peftstate
 from peftstate import PeftStateCallback
+from peftstate._demo.measure import Answer, Comparison, PeftModel, RandomState, State
+from peftstate._demo.show import quiet, table
+from peftstate._demo.tiny import SENTENCES, tiny_checkpoint
 
 SEED = 42
 PROMPT = "The harbour was quiet when"
@@ -222,32 +215,22 @@ def exit_code(comparisons: Sequence[Comparison]) -> int:
     return int(any(reload.is_exact and not c.exact for reload, c in pairs))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo from the command line."""
-    parser = argparse.ArgumentParser(description="Save a QLoRA adapter, reload it in four ways.")
-    base = parser.add_mutually_exclusive_group()
-    base.add_argument("--model", help="the base model: a folder or a Hub id (default: a tiny one)")
-    base.add_argument("--gemma", action="store_true", help="use Gemma 3 270M, from PyPI")
-    parser.add_argument("--steps", type=int, default=3, help="training steps (default: 3)")
-    parser.add_argument(
-        "--output", type=Path, help="where to save the adapter (default: in a temporary folder)"
-    )
-    options = parser.parse_args(arguments)
+def demonstrate(checkpoint: str | None, output: Path | None, steps: int, console: Console) -> int:
+    """Run it, and print what was found.
 
-    console = Console(highlight=False)
+    Args:
+        checkpoint: The base model, a folder or a Hub id; `None` for a tiny one with random weights.
+        output: Where the adapter is saved; `None` for a temporary folder.
+        steps: Training steps.
+        console: Where to print.
+
+    Returns:
+        The exit code.
+    """
     with quiet(), tempfile.TemporaryDirectory(prefix="peftstate-") as work:
-        checkpoint = options.model
-        if options.gemma:
-            console.print("making the checkpoint of Gemma 3 270M, unless it is there")
-            checkpoint = str(gemma_checkpoint(default_directory()))
-        elif checkpoint is None:
+        if checkpoint is None:
             console.print("making a tiny Llama")
             checkpoint = tiny_checkpoint(Path(work, "base"))
-        output = options.output or Path(work, "adapter")
-        comparisons = run(checkpoint, output, options.steps, console.print)
+        comparisons = run(checkpoint, output or Path(work, "adapter"), steps, console.print)
     console.print(table(comparisons))
     return exit_code(comparisons)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
