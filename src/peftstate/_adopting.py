@@ -245,7 +245,7 @@ def _without_unknown(records: Mapping[str, Any]) -> dict[str, Any]:
         for section in SECTIONS
         if section.name in records
     }
-    nothing = torch.empty(0, dtype=torch.uint8)
+    nothing = torch.zeros(1, dtype=torch.uint8)
     names = {tensor.tensor for tensor in sidecar_tensors(known["rng"])}
     return {**known, "rng": with_tensors(known["rng"], dict.fromkeys(names, nothing))}
 

@@ -262,8 +262,9 @@ def _ints(state: SidecarTensor) -> list[int]:
     return [int(word) for word in state.load().tolist()]
 
 
+# one zero byte, for older safetensors reads no empty tensor
 _NO_STATE = SidecarTensor(
-    tensor="rng.unknown", dtype="uint8", shape=(0,), digest=tensor_digest("uint8", (0,), b"")
+    tensor="rng.unknown", dtype="uint8", shape=(1,), digest=tensor_digest("uint8", (1,), b"\0")
 )
 UNKNOWN = RngRecord(
     process=None,
