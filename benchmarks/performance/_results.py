@@ -72,6 +72,7 @@ class Results:
 
     Attributes:
         command: What reproduces it.
+        threads: How many threads torch computes with.
         rates: The limits of the machine.
         timings: Each path on each workload.
         tree: The verification of many adapters.
@@ -81,6 +82,7 @@ class Results:
     """
 
     command: str
+    threads: int
     rates: Rates
     timings: tuple[Timing, ...]
     tree: Tree

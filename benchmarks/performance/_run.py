@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
+import torch
 
 from benchmarks.fidelity._libraries import PEFT
 from benchmarks.performance import _growth, _hot, _live, _memory, _processes, _rates, profile
@@ -137,6 +138,7 @@ def measure(extent: Extent, folder: Path) -> Results:
     _say("growth")
     return Results(
         command=extent.command,
+        threads=torch.get_num_threads(),
         rates=rates,
         timings=tuple(timings),
         tree=tree,

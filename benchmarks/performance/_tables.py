@@ -57,7 +57,7 @@ def _timings(results: Results) -> Table:
         rows=rows,
         note=(
             f"`verify --recursive` does {tree.size / seconds / _MILLION:,.0f} MB/s and "
-            f"{tree.files / seconds:,.0f} files/s."
+            f"{tree.files / seconds:,.0f} files/s. Threads of torch: {results.threads}."
         ),
     )
 

@@ -31,6 +31,7 @@ TIMES = Comparison(
 )
 RESULTS = Results(
     command="make",
+    threads=2,
     rates=Rates(memory=40e9, blake3=10e9, blake3_of_one=5e9, sha256=1e9),
     timings=(Timing(path="from_pretrained", workload="a model", against=PEFT.name, times=TIMES),),
     tree=_processes.Tree(adapters=1000, files=2000, size=8 * 10**6, times=TIMES),
@@ -211,7 +212,7 @@ def test_quick_run(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count(f"`{QUICK.command}`, on ") == len(tables(RESULTS))
     found = json.loads(out.read_text("utf-8"))
-    assert {"cores", "versions", "commit", "command", "rates"} <= found.keys()
+    assert {"cores", "versions", "commit", "command", "threads", "rates"} <= found.keys()
     assert [timing["path"] for timing in found["timings"]] == [
         *("from_pretrained", "save_pretrained", "save_pretrained", "load_adapter", "load_adapter"),
         *("python -c pass", 'python -c "import peftstate"'),
@@ -253,7 +254,9 @@ def test_tables_of_times_and_memory():
         ],
     ]
     table = next(table for table in tables(RESULTS) if table.name == "performance")
-    assert table.note == "`verify --recursive` does 4 MB/s and 1,000 files/s."
+    assert table.note == (
+        "`verify --recursive` does 4 MB/s and 1,000 files/s. Threads of torch: 2."
+    )
     assert rows_of("performance-memory") == [
         ["load", "a model", "80 MB", "40 MB", "**0.50**", "0.78"],
         ["`load_adapter`, each", "a model", "2.00 MB", "2.00 MB", "**1.00**", "1.00"],
