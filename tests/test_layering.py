@@ -35,6 +35,7 @@ MAY_BE_HEAVY = {
     "_diagnosing",
     "_initialisation",
     "_injection",
+    "_injectors",
     "_install",
     "_loading",
     "_models",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import attrs
@@ -20,12 +19,8 @@ from peftstate._initialisation import (
     put_back_initialisation,
     without_initialisation,
 )
-from peftstate._injection import (
-    harmless_state_dict,
-    readable_by_peft,
-    set_tensors,
-    without_word_of,
-)
+from peftstate._injection import harmless_state_dict, readable_by_peft, set_tensors
+from peftstate._injectors import Injector, Load
 from peftstate._log import tell
 from peftstate._snapshot import AddingSnapshot, Snapshot
 from peftstate._source import AdapterFiles, Source
@@ -39,7 +34,6 @@ from peftstate._steps import (
 from peftstate.errors import AdapterLoadError, PeftStateError
 from peftstate.manifest import Manifest
 from peftstate.sections import _origin, adapters, dtype, extra_tensors, records_for_adapters, rng
-from peftstate.sections._bitsandbytes_forms import kept
 from peftstate.sections._generators import Standing
 from peftstate.sections._view import ModelView
 from peftstate.sections.predictions import inputs_of
@@ -48,12 +42,6 @@ from peftstate.sections.tokenizer import put_back_on_failure
 T = TypeVar("T")
 M = TypeVar("M", bound=peft.PeftModel)
 
-Inject = Callable[[Path, peft.PeftConfig], peft.PeftModel]
-"""PEFT's `from_pretrained` on the base model: takes the folder, and the adapter's config."""
-Load = Callable[[Any, Path, str], Any]
-"""PEFT's `load_adapter`: takes the model, the folder, and the adapter's name."""
-Wrap = Callable[[peft.PeftConfig], peft.PeftModel]
-"""`placeholders.wrap` on the base model: takes the adapter's config."""
 Add = Callable[[Any, peft.PeftConfig, str], Any]
 """`placeholders.add`: takes the model, the adapter's config and its name."""
 Finish = Callable[[peft.PeftModel, _origin.Origin], M]
@@ -67,10 +55,8 @@ def load_model(
     *,
     names: Mapping[str, str],
     plan: Plan,
-    inject: Inject,
-    load: Load,
+    injector: Injector,
     finish: Finish[M],
-    wrap: Wrap | None = None,
     tokenizer: Any = None,
 ) -> M:
     """Load the adapters of a folder onto a base model.
@@ -80,11 +66,8 @@ def load_model(
         source: What was read from the folder.
         names: The adapters to load: name in the manifest → name in the model.
         plan: Which sections are restored.
-        inject: How PEFT loads the first adapter.
-        load: How PEFT loads a further one.
+        injector: How the adapters are put into it.
         finish: What is left to do with the model.
-        wrap: How the base model is wrapped where all weights are in the files; `None` if PEFT was
-            asked for something that it has to do itself.
         tokenizer: The tokenizer that is to go with the model. If the load fails, it is as before.
 
     Returns:
@@ -98,36 +81,17 @@ def load_model(
     manifest = for_adapters(source.manifest, names)
     bare = ModelView(model=base, tokenizer=tokenizer)
     given = without_initialisation(source, plan, bare)
-    if not placeholders.suffice(given, base, names.values()):
-        wrap = None
-    own = source.own_adapter
-    further = [name for name in names if name != own]
-
-    def with_placeholders(wrap: Wrap) -> peft.PeftModel:
-        """The base model, with adapters whose weights are to be put in their places."""
-        model = wrap(given.adapters[own].peft_config())
-        for name in further:
-            placeholders.add(model, given.adapters[name].peft_config(), names[name])
-        return model
-
-    def injected() -> peft.PeftModel:
-        """What PEFT loads."""
-        restores = extra_tensors.SECTION in plan.sections(bare, manifest)
-        extra = manifest.sections["extra_tensors"].adapters[own] if restores else ()
-        with readable_by_peft(given, own) as folder, kept(base), without_word_of(extra, names[own]):
-            model = inject(folder, given.adapters[own].peft_config())
-        for name in further:
-            with readable_by_peft(given, name) as folder, kept(base):
-                load(model, folder, names[name])
-        return model
+    injector = injector.fit_for(given, base, names.values())
 
     def steps() -> M:
-        if wrap is None:
+        if injector.wrap is None:
             shadowed = manifest.sections["base_model"].shadowed
             _spare_data(bare, names={*shadowed, *_names_in_base(source.adapters)})
         prepare_base(bare, manifest, plan)
+        restores = extra_tensors.SECTION in plan.sections(bare, manifest)
+        extra = manifest.sections["extra_tensors"].adapters[source.own_adapter] if restores else ()
         view = ModelView(
-            model=injected() if wrap is None else with_placeholders(wrap),
+            model=injector.put_in(base, given, names, extra),
             adapters=names,
             folders=_folders(manifest),
             tokenizer=tokenizer,
@@ -147,7 +111,7 @@ def load_model(
     restores_rng = rng.SECTION in plan.sections(bare, manifest)
     restores_rng = restores_rng and rng.is_own(manifest.sections["rng"])
     # PEFT may write to the weights while it injects; placeholders leave them alone
-    check = base_checked if wrap is None else base_checked_meanwhile
+    check = base_checked if injector.wrap is None else base_checked_meanwhile
     with check(bare, manifest, plan) as end_check, put_back_on_failure(bare):
         return undone_on_failure(base, steps, keep_rng=not restores_rng)
 

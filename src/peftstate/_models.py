@@ -29,6 +29,7 @@ from peftstate._arguments import (
     view_to_save,
 )
 from peftstate._calls import calling_peft
+from peftstate._injectors import Injector
 from peftstate._loading import load_adapter, load_model
 from peftstate._placeholders import add, wrap
 from peftstate._policy import OnMismatch, Policy
@@ -306,18 +307,20 @@ class PeftModel(peft.PeftModel):
                 source,
                 names=live_names(source, adapter_name),
                 plan=plan,
-                inject=lambda path, saved: peft_load(
-                    str(path), trainable, config or saved, low_cpu_mem_usage=False
-                ),
-                load=calling_peft()(
-                    lambda live, path, name: peft.PeftModel.load_adapter(live, str(path), name)
+                injector=Injector(
+                    inject=lambda path, saved: peft_load(
+                        str(path), trainable, config or saved, low_cpu_mem_usage=False
+                    ),
+                    load=calling_peft()(
+                        lambda live, path, name: peft.PeftModel.load_adapter(live, str(path), name)
+                    ),
+                    wrap=None
+                    if config or key_mapping or ephemeral_gpu_offload or kwargs
+                    else lambda saved: wrap(model, saved, adapter_name, is_trainable=trainable),
                 ),
                 finish=lambda loaded, origin: _finish(
                     attach_observed(loaded, origin, tokenizer), source, is_trainable=is_trainable
                 ),
-                wrap=None
-                if config or key_mapping or ephemeral_gpu_offload or kwargs
-                else lambda saved: wrap(model, saved, adapter_name, is_trainable=trainable),
                 tokenizer=tokenizer,
             )
 

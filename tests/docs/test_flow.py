@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import peftstate
-from peftstate import _base_check, _loading, _models, _saving, _storage
+from peftstate import _base_check, _injectors, _loading, _models, _saving, _storage
 from tests._tokenizers import make_tokenizer
 from tests.docs._pages import ROOT
 
@@ -27,7 +27,7 @@ LOAD = {
     "Compare the tokenizer in the folder": [(_models, "check_beside")],
     "Compare the base model": [(_base_check, "check_base")],
     "Prepare the base model": [(_loading, "prepare_base")],
-    "Put the adapters in": [(_models, "wrap"), (_loading, "readable_by_peft")],
+    "Put the adapters in": [(_models, "wrap"), (_injectors, "readable_by_peft")],
     "Set every tensor": [(_loading, "set_tensors")],
     "Restore section by section": [(_loading, "restore_sections")],
     "Capture again, and compare with the manifest": [(_loading, "compare_restored")],
