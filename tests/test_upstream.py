@@ -27,7 +27,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import peftstate
 from peftstate import _tokenizer_files
 from peftstate._arguments import HUB_ARGUMENTS
-from peftstate.sections import _bit_generators, _model_config, _origin, _remote_code, adapters
+from peftstate.sections import (
+    _adapter_config,
+    _bit_generators,
+    _model_config,
+    _origin,
+    _remote_code,
+)
 from peftstate.sections._generators import ACCELERATORS
 from peftstate.sections.implementation import ATTENTION, EXPERTS
 
@@ -287,7 +293,7 @@ UNKNOWN_FILES: dict[str, str] = {}
 """Files of tokenizers that are not looked at, and why."""
 
 
-@pytest.mark.parametrize("name", sorted(adapters.NOT_IN_CONFIG))
+@pytest.mark.parametrize("name", sorted(_adapter_config.NOT_IN_CONFIG))
 def test_field_of_an_adapter_config_exists(name):
     """No list holds a name that is misspelt."""
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
@@ -306,7 +312,7 @@ def test_sets_of_an_adapter_config_are_known():
             inspect.getsource(config),
         )
         found |= {name for name in names if f"set(self.{name})" in source}
-    assert {"target_modules", "feedforward_modules"} <= found <= adapters._SETS
+    assert {"target_modules", "feedforward_modules"} <= found <= _adapter_config._SETS
 
 
 OTHER_GENERATORS = {"mtia": "an accelerator that is nowhere to be had"}

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from peftstate._modules import is_container
 from peftstate.sections import training
 from peftstate.sections._table import Table
 from peftstate.sections._view import ModelView
-from peftstate.sections._walk import is_container
 from peftstate.sections.training import SECTION, TrainingRecord
 
 
