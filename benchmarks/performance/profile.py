@@ -46,8 +46,11 @@ LOAD: Steps = {
         "_base_check:Ahead.of",
         "_loading:check_base",
     ),
-    "inject": ("_models:wrap", "_models:add", "_loading:readable_by_peft"),
-    "inject, by PEFT's own load": ("_models:peft.PeftModel.from_pretrained",),
+    "inject": ("_injectors:Injector.put_in", "_models:wrap", "_models:add"),
+    "inject, by PEFT's own load": (
+        "_models:peft.PeftModel.from_pretrained",
+        "_models:peft.PeftModel.load_adapter",
+    ),
     "set the tensors": ("_loading:set_tensors",),
     "wait for the digests of the base model": ("_base_check:Ahead.agrees", "_base_check:Ahead.end"),
     "restore": (
