@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,16 +12,13 @@ from peftstate.sections import _platform
 
 def with_version(package: str, version: str) -> Callable[[], AbstractContextManager[object]]:
     """Have a package pass for another version."""
-    real = importlib.metadata.version
-    return lambda: mock.patch(
-        "importlib.metadata.version",
-        lambda name: version if name == package else real(name),
-    )
+    there = {**_platform.versions(), package: version}
+    return lambda: mock.patch.object(_platform, "versions", return_value=there)
 
 
 def versions(package: str) -> Callable[[Any], dict[str, str]]:
     """Reads the version of a package."""
-    return lambda _: {package: importlib.metadata.version(package)}
+    return lambda _: {package: _platform.versions()[package]}
 
 
 def on_another_machine() -> AbstractContextManager[object]:

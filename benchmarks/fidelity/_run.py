@@ -7,7 +7,7 @@ import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ def run(
         An outcome for each library.
     """
     outcomes: dict[Library, Outcome] = {}
-    with isolated(), tempfile.TemporaryDirectory() as name:
+    # below the working directory, PEFT writes what it offloads anew (`PeftModel._update_offload`)
+    with isolated(), tempfile.TemporaryDirectory() as name, chdir(name):
         folders = {library: Path(name, library.name) for library in libraries}
 
         def save(library: Library) -> None:
