@@ -65,7 +65,7 @@ def base_checked_meanwhile(
             failure = error
         if failure is not None:
             if not ahead.agrees():
-                check_base(view, manifest, plan)
+                check_base(view.now(), manifest, plan)
             raise failure
     finally:
         ahead.end()

@@ -79,7 +79,7 @@ def load_model(
     """
     began = time.perf_counter()
     manifest = for_adapters(source.manifest, names)
-    bare = ModelView(model=base, tokenizer=tokenizer)
+    bare = ModelView(model=base, tokenizer=tokenizer).now()
     given = without_initialisation(source, plan, bare)
     injector = injector.fit_for(given, base, names.values())
 

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -232,8 +233,7 @@ def describe_written(
 ) -> tuple[adapters.AdapterRecord, dict[str, FileRecord]]:
     """An adapter's record, by what PEFT wrote: it may convert both tensors and config."""
     weights = next(name for name in WEIGHTS_NAMES if (folder / name).exists())
-    data = (folder / weights).read_bytes()
-    tensors = parse_weights(weights, data)
+    file, tensors = _read_back(folder / weights)
     _refuse_unloadable(tensors, record.tensors)
     config = json.loads((folder / ADAPTER_CONFIG_NAME).read_bytes())
     described = attrs.evolve(
@@ -242,7 +242,16 @@ def describe_written(
         tensors=tensor_records(tensors),
         embeddings_saved=bool(tensors.keys() - record.tensors.keys()),
     )
-    return described, {weights: FileRecord(size=len(data), sha256=file_digest(data))}
+    return described, {weights: file}
+
+
+def _read_back(path: Path) -> tuple[FileRecord, dict[str, torch.Tensor]]:
+    """What was written into a file of weights, mapped into memory rather than read."""
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+        record = FileRecord(size=len(data), sha256=file_digest(data))
+        if path.suffix != ".safetensors":
+            return record, parse_weights(path.name, bytes(data))
+    return record, safetensors.torch.load_file(path)
 
 
 def _refuse_unloadable(tensors: Mapping[str, torch.Tensor], live: Collection[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -25,7 +26,9 @@ class _Attributes:
     def of(cls, owner: Any) -> _Attributes:
         values = dict(vars(owner))
         contents = {
-            name: value.copy() for name, value in values.items() if _is_container(value.__class__)
+            name: _NOTHING if isinstance(value, dict) and not value else value.copy()
+            for name, value in values.items()
+            if _is_container(value.__class__)
         }
         return cls(vars(owner), values, contents)
 
@@ -34,6 +37,10 @@ class _Attributes:
         for name, content in self.contents.items():
             _put_back(self.values[name], content)
         _put_back(self.owner, self.values)
+
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+"""The content of what is empty, as most of the dictionaries of a module are."""
 
 
 @cache

@@ -78,7 +78,7 @@ def check_base(view: ModelView, manifest: Manifest, plan: Plan) -> None:
     Raises:
         StateMismatchError: It is another one, or quantized in another way.
     """
-    view = view.now()
+    view = view.once()
     for section in plan.sections(view, manifest):
         if section.checked_on_base:
             mismatches = tuple(
@@ -110,7 +110,7 @@ def prepare_base(view: ModelView, manifest: Manifest, plan: Plan) -> None:
     shapes = {tuple(tensor.shape) for tensor in sidecar_tensors(manifest.sections)}
     for adapter in manifest.sections["adapters"].adapters.values():
         shapes |= {tuple(tensor.shape) for tensor in adapter.tensors.values()}
-    view = attrs.evolve(view.now(), saved_shapes=frozenset(shapes))
+    view = attrs.evolve(view.once(), saved_shapes=frozenset(shapes))
     for section in plan.sections(view, manifest):
         if section.prepare is not None:
             with _handling(section, _NOT_SET):

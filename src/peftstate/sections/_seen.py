@@ -20,6 +20,7 @@ from blake3 import blake3
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Buffer
 
     from peftstate.sections._base_tensors import BaseTensor
 
@@ -43,19 +44,22 @@ class _Seen:
         """Look at a tensor."""
         hasher = blake3()
         for place in _places(tensor):
-            hasher.update(place.cpu().numpy().data)
+            hasher.update(place)
         return cls(tensor.data_ptr(), tensor._version, hasher.digest())
 
 
-def _places(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def _places(tensor: torch.Tensor) -> Iterator[Buffer]:
     """Some bytes of a contiguous tensor."""
     import torch
 
     raw = tensor.detach().reshape(-1).view(torch.uint8)
     last = max(raw.numel() - BYTES, 0)
-    for place in range(PLACES):
-        start = last * place // (PLACES - 1)
-        yield raw[start : start + BYTES]
+    starts = [last * place // (PLACES - 1) for place in range(PLACES)]
+    if raw.device.type == "cpu":
+        data = raw.numpy().data
+        yield from (data[start : start + BYTES] for start in starts)
+    else:
+        yield torch.cat([raw[start : start + BYTES] for start in starts]).cpu().numpy().data
 
 
 _LOCK = Lock()

@@ -122,6 +122,10 @@ class ModelView:
         """The view that walks over the model once: what puts something into it calls `changed`."""
         return attrs.evolve(self, walked=_Walked(self.model, self.adapters.values()))
 
+    def once(self) -> ModelView:
+        """The view that walks over the model once: this one, if it does."""
+        return self.now() if self.walked is None else self
+
     def changed(self) -> None:
         """Note that other modules or tensors were put into the model."""
         if self.walked is not None:
