@@ -11,8 +11,15 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on what is on the Hub
 
+import hypothesis
 import numpy as np
 import torch
+
+# How fast examples are made says something of the machine alone.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
 
 IDS = torch.arange(4, 16).reshape(2, 6)
 """Inputs of a model, no padding among them."""

@@ -37,6 +37,15 @@ CASES: list[tuple[errors.PeftStateError, str, dict[str, Any]]] = [
         {"path": "a/b.json"},
     ),
     (
+        errors.ManifestExistsError("a/b.json"),
+        (
+            "a/b.json: there is a peftstate manifest already, so there is nothing to adopt. Load "
+            "the adapter with peftstate; or, to describe it anew by a plain load, remove that file "
+            "first."
+        ),
+        {"path": "a/b.json"},
+    ),
+    (
         errors.ManifestDecodeError("a", "is missing", field="sections.rng.numpy"),
         "a: sections.rng.numpy: is missing",
         {"path": "a", "field": "sections.rng.numpy"},

@@ -252,6 +252,13 @@ def test_base_weights_that_a_manifest_names_do_not_stay(generations, tmp_path, k
         assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.fixture
+def loaded_by_peft(monkeypatch):
+    """Have PEFT load the weights, as it does of all but plain LoRA."""
+    monkeypatch.setattr("peftstate._placeholders.suffice", lambda *_: False)
+
+
+@pytest.mark.usefixtures("loaded_by_peft")
 def test_a_load_leaves_no_temporary_folder(generations, tmp_path, monkeypatch):
     """What PEFT is handed is gone after a load, and after one that fails."""
     PEFTSTATE.save(generations.models[0], tmp_path / "adapter")
@@ -268,6 +275,7 @@ def test_a_load_leaves_no_temporary_folder(generations, tmp_path, monkeypatch):
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+@pytest.mark.usefixtures("loaded_by_peft")
 def test_a_load_on_a_read_only_disk(generations, tmp_path, monkeypatch):
     """Where there is no place for temporary files, shared memory does; else the error is typed."""
     PEFTSTATE.save(generations.models[0], tmp_path)
