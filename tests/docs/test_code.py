@@ -114,8 +114,15 @@ def _write_keys():
     Path("key.pub").write_bytes(private.public_key().public_bytes(pem, spki))
 
 
+def _page(page):
+    """A page as a parameter, with what it does not run on."""
+    too_old = page == "docs/distributed.md" and transformers.__version__.startswith("4.")
+    reason = "torch cannot list the state of a model that bitsandbytes 0.47 quantized"
+    return pytest.param(page, marks=pytest.mark.skipif(too_old, reason=reason))
+
+
 @pytest.mark.parametrize(
-    "page", [p for p in with_blocks("python", "console") if p not in RUN_ELSEWHERE]
+    "page", [_page(p) for p in with_blocks("python", "console") if p not in RUN_ELSEWHERE]
 )
 def test_the_code_runs(page, names):
     """A page's blocks run one after the other, and print what the page says."""

@@ -5,12 +5,19 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peftstate
 from peftstate._demo import flow
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        transformers.__version__.startswith("4."),
+        reason="TRL 0.22 trains the adapter in float32, as PEFT loads it",
+    ),
+]
 
 
 def test_plain_peft_differs_by_the_adapters_dtype(trained):
