@@ -1,10 +1,12 @@
-"""A tokenizer for the tiny models, trained on a few sentences."""
+"""A tokenizer for the tiny models, trained on a few sentences, and a model for it."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
+import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SENTENCES = (
@@ -47,3 +49,20 @@ def make_tokenizer(
         **SPECIAL,
         **fields,
     )
+
+
+def llama_for_text() -> Any:
+    """A tiny model in bf16 with an embedding for each token, and a few more."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return transformers.LlamaForCausalLM(config).bfloat16()

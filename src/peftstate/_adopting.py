@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,9 @@ from peftstate.errors import (
     ManifestExistsError,
 )
 from peftstate.manifest import MAX_BYTES, Manifest
-from peftstate.sections import SECTIONS, adapters
+from peftstate.sections import SECTIONS, _generators, adapters
 from peftstate.sections._adapter_config import canonical_fields
 from peftstate.sections._adapter_tensors import adapter_tensors
-from peftstate.sections._generators import Standing
 from peftstate.sections._tensors import sidecar_tensors, tensor_records, with_tensors
 from peftstate.sections._view import ModelView
 
@@ -84,7 +82,7 @@ def adopt(
         OSError: The manifest cannot be written; nothing was.
     """
     began = time.perf_counter()
-    with LOCK, _generators_kept():
+    with LOCK, _generators.kept():
         source = _read(adapter)
         config = source.adapters[NAME].config
         loaded = _load(source, base, kwargs)
@@ -106,16 +104,6 @@ def adopt(
     known = manifest.sections.keys() - set(manifest.unknown)
     tell("adopted", place, manifest, since=began, sections=known)
     return manifest
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Leave the random generators where they stand: loading draws numbers."""
-    standing = Standing.now()
-    try:
-        yield
-    finally:
-        standing.put_back()
 
 
 def _read(adapter: str | os.PathLike[str]) -> Source:

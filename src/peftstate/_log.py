@@ -40,6 +40,8 @@ def tell(
         since: When it began, by `time.perf_counter`.
         sections: Names of the sections that it is about; by default all in the manifest.
     """
+    if not _LOGGER.isEnabledFor(logging.INFO):
+        return
     names = manifest.sections if sections is None else sections
     text = ", ".join(section.name for section in SECTIONS if section.name in names)
     if "base_model" in names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -35,6 +35,11 @@ def modules_of(model: nn.Module, *, beside: Collection[str] = ()) -> list[nn.Mod
         is_layer = bool(beside) and is_layer_of_peft(cls)
         todo.extend((child, is_layer) for child in reversed(inner.values()) if child is not None)
     return list(found.values())
+
+
+def shared_modules_of(model: Any) -> list[nn.Module]:
+    """Every module of a model but those that belong to one of its adapters."""
+    return modules_of(model, beside=getattr(model, "peft_config", ()))
 
 
 def is_container(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import nn
 
-from peftstate._modules import modules_of
+from peftstate._modules import modules_of, shared_modules_of
 
 
 @attrs.frozen
@@ -139,8 +139,7 @@ class AddingSnapshot:
     def of(cls, model: nn.Module) -> AddingSnapshot:
         """Take a snapshot."""
         modules = modules_of(model)
-        shared = modules_of(model, beside=getattr(model, "peft_config", ()))
-        owners = [*shared, *_configs(model), *_peft_configs(model)]
+        owners = [*shared_modules_of(model), *_configs(model), *_peft_configs(model)]
         tensors = (tensor for module in modules for tensor in _tensors(module))
         return cls(
             model,

@@ -12,10 +12,9 @@ import numpy as np
 import peft
 import pytest
 import torch
-import transformers
 
 import peftstate
-from tests._tokenizers import SENTENCES, make_tokenizer
+from tests._tokenizers import SENTENCES, llama_for_text, make_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval is tested with the newest versions only")
 
@@ -50,20 +49,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lm-eval")
     tokenizer = make_tokenizer(**TOKENIZER)
     tokenizer.save_pretrained(folder / "base")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    assert len(tokenizer) < config.vocab_size
-    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "base")
+    model = llama_for_text()
+    assert len(tokenizer) < model.config.vocab_size
+    model.save_pretrained(folder / "base")
     tasks = folder / "tasks"
     tasks.mkdir()
     (tasks / "data.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in SENTENCES))

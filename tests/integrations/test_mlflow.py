@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import peftstate
-from tests._tokenizers import make_tokenizer
+from tests._tokenizers import llama_for_text, make_tokenizer
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 pytest.importorskip("mlflow", reason="MLflow is tested with the newest versions only")
@@ -52,19 +52,7 @@ def _apart(monkeypatch, tmp_path):
 def base(tmp_path_factory):
     """The folder of a base model with its tokenizer."""
     folder = tmp_path_factory.mktemp("mlflow-base")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    llama_for_text().save_pretrained(folder)
     names = ["input_ids", "attention_mask"]
     make_tokenizer(model_input_names=names).save_pretrained(folder)
     return folder

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -21,7 +20,7 @@ from peftstate._signature import open_for_load
 from peftstate._source import Source, read_source
 from peftstate._steps import LOCK
 from peftstate._tokenizer_files import CONFIG_NAME as TOKENIZER_CONFIG_NAME
-from peftstate.sections._generators import Standing
+from peftstate.sections import _generators
 
 if TYPE_CHECKING:
     from peftstate._keys import TrustedKeys
@@ -75,7 +74,7 @@ def diagnose(
     """
     if model is not None and as_plain_peft:
         raise ValueError("as_plain_peft=True loads a model, so none can be passed")
-    with LOCK, _generators_kept():
+    with LOCK, _generators.kept():
         saved = read_source(open_for_load(source, trusted_keys=trusted_keys, **hub))
         device = _device(model)
         if model is None:
@@ -95,7 +94,7 @@ def diagnose(
             trusted_keys=trusted_keys,
             hub=hub,
         )
-        generators = Standing.now()  # which the load has put where they were saved
+        generators = _generators.Standing.now()  # which the load has put where they were saved
         pair = Pair.of(view_of(exact, saved, None)[0], view, manifest)
         if isinstance(prediction_probe, str):
             prediction_probe = _tokenized(saved, base, prediction_probe)
@@ -153,13 +152,3 @@ def _tokenized(
     tokenizer = AutoTokenizer.from_pretrained(source.folder.path if is_beside else name)
     inputs: Mapping[str, torch.Tensor] = tokenizer(text, return_tensors="pt")
     return inputs
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Leave the random generators where they stand: loading draws numbers, or sets them."""
-    standing = Standing.now()
-    try:
-        yield
-    finally:
-        standing.put_back()

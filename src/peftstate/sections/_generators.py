@@ -115,11 +115,12 @@ def seed_all(seed: int) -> None:
 
 
 @contextmanager
-def kept(*, seed: int) -> Iterator[None]:
-    """Have every generator seeded in the body, and where it was when that ends."""
+def kept(*, seed: int | None = None) -> Iterator[None]:
+    """Have every generator where it was when the body ends, which begins with a seed if given."""
     standing = Standing.now()
     try:
-        seed_all(seed)
+        if seed is not None:
+            seed_all(seed)
         yield
     finally:
         standing.put_back()

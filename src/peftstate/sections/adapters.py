@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from peftstate._diff import Json
-from peftstate._modules import modules_of
+from peftstate._modules import shared_modules_of
 from peftstate._warn import warn
 from peftstate.errors import AdapterMismatchError, UnverifiedWarning
 from peftstate.sections import _merges
@@ -149,7 +149,7 @@ def _is_merged_in_part(model: nn.Module) -> bool:
     """Whether an adapter is merged into some of the layers that have it, and into others not."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [module for module in _shared_modules(model) if isinstance(module, BaseTunerLayer)]
+    layers = [module for module in shared_modules_of(model) if isinstance(module, BaseTunerLayer)]
     merged = {name for layer in layers for name in layer.merged_adapters}
     return any(
         set(layer.merged_adapters) != merged & layer._get_available_adapters() for layer in layers
@@ -242,18 +242,13 @@ def _describe(view: ModelView, saved: str, like: AdapterRecord | None) -> Adapte
     )
 
 
-def _shared_modules(model: Any) -> list[nn.Module]:
-    """The modules of a model beside those of its adapters."""
-    return modules_of(model, beside=getattr(model, "peft_config", ()))
-
-
 def tuner_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that PEFT put into the base model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return [module for module in _shared_modules(model) if isinstance(module, kinds)]
+    return [module for module in shared_modules_of(model) if isinstance(module, kinds)]
 
 
 def _enabled(model: Any) -> bool:
