@@ -24,7 +24,7 @@ from benchmarks._hostile.case import (
     with_file,
     with_tensor,
 )
-from peftstate._weights import MAX_HEADER, MAX_TENSORS
+from peftstate._safetensors import MAX_HEADER, MAX_TENSORS
 from peftstate.errors import (
     AdapterMismatchError,
     IntegrityError,

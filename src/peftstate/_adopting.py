@@ -130,7 +130,7 @@ def _read(adapter: str | os.PathLike[str]) -> Source:
     if weights is None or ADAPTER_CONFIG_NAME not in names:
         wanted = ADAPTER_CONFIG_NAME if weights else WEIGHTS_NAMES[0]
         raise _not_adoptable(f"{folder.path} has no {wanted}, so there is no adapter to adopt")
-    tensors = parse_weights(str(folder.path / weights), folder.read_bytes(weights))
+    tensors = parse_weights(str(folder.path / weights), folder.read(weights))
     files = AdapterFiles(config=_config(folder), tensors=tensors)
     refuse_imports(files.config)
     return Source(folder=folder, manifest=Manifest(sections={}, files={}), adapters={NAME: files})

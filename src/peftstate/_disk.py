@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import stat
 import sys
@@ -144,8 +145,8 @@ def is_there(path: Path) -> bool:
 
 def read_file(
     path: Path, *, inside: Iterable[Path], limit: int | None = None, size: int | None = None
-) -> bytes:
-    """Read a file as it is at one moment.
+) -> memoryview:
+    """Read a file as it is at one moment, into memory that is the caller's.
 
     Args:
         path: The file, or a link to it.
@@ -174,7 +175,7 @@ def read_file(
         raise UnreadableFileError(str(path), error.strerror or str(error)) from error
 
 
-def _read(path: Path, descriptor: int, limit: int | None, size: int | None) -> bytes:
+def _read(path: Path, descriptor: int, limit: int | None, size: int | None) -> memoryview:
     """Read an open file, and close it."""
     try:
         status = os.fstat(descriptor)
@@ -184,13 +185,36 @@ def _read(path: Path, descriptor: int, limit: int | None, size: int | None) -> b
             raise IntegrityError(str(path), f"at most {limit} bytes", f"{status.st_size} bytes")
         if size is not None and status.st_size != size:
             raise IntegrityError(str(path), f"{size} bytes", f"{status.st_size} bytes")
+        data = _memory(status.st_size)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            data = file.read(status.st_size + 1)
+            is_whole = file.readinto(data) == len(data) and not file.read(1)
     finally:
         os.close(descriptor)
-    if len(data) != status.st_size:
+    if not is_whole:
         raise IntegrityError(str(path), f"{status.st_size} bytes", "a file that is being written")
     return data
+
+
+BOUNDARY = 64
+"""Bytes; where torch puts tensors (`c10/core/alignment.h`)."""
+_LARGE = 64 * 1024
+"""Bytes for which pages of their own are worth asking for."""
+
+
+def _memory(size: int) -> memoryview:
+    """Memory for the content of a file.
+
+    The first touch of each page of 4 KB takes the system as long as reading the page does, so large
+    files get larger pages where these are to be had. The last byte lies before a boundary, so that
+    the tensors of safetensors, which come last in their file, can begin at one.
+    """
+    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return memoryview(bytearray(size))
+    begin = -size % BOUNDARY
+    pages = mmap.mmap(-1, begin + size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # of a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(pages)[begin:]
 
 
 def _open(path: Path, real: Path) -> int:

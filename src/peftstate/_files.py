@@ -112,14 +112,14 @@ def check_folders(folder: AdapterFolder, manifest: Manifest) -> None:
         raise ManifestDecodeError(path, message, field="sections.adapters.adapters")
 
 
-def read_recorded(folder: AdapterFolder, name: str, record: FileRecord | None) -> bytes:
+def read_recorded(folder: AdapterFolder, name: str, record: FileRecord | None) -> memoryview:
     """Read a file that must be there, of the recorded size.
 
     Raises:
         IntegrityError: It is missing, of another size, or cannot be read.
     """
     try:
-        return folder.read_bytes(name, size=record.size if record else None)
+        return folder.read(name, size=record.size if record else None)
     except FileNotFoundError:
         saved = f"{record.size} bytes" if record else "a file"
         error = IntegrityError if folder.commit is None else NotCachedError

@@ -159,7 +159,11 @@ class AdapterFolder:
                 return False
         return False
 
-    def read_bytes(self, name: str, *, limit: int | None = None, size: int | None = None) -> bytes:
+    def read_bytes(self, name: str, *, limit: int | None = None) -> bytes:
+        """Read a small file as `read` does."""
+        return bytes(self.read(name, limit=limit))
+
+    def read(self, name: str, *, limit: int | None = None, size: int | None = None) -> memoryview:
         """Read a file, once, so that what is checked is what is used.
 
         Args:
@@ -191,7 +195,7 @@ class AdapterFolder:
             raise ManifestNotFoundError(missing)
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), missing)
 
-    def _hold_to_signature(self, name: str, data: bytes) -> None:
+    def _hold_to_signature(self, name: str, data: memoryview) -> None:
         """Refuse a file that is not as it was signed, if it must be."""
         if self.signed is not None:
             self.signed.check(str(self.path / name), name, data)

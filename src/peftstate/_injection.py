@@ -22,7 +22,7 @@ from peftstate._storage import ADAPTER_CONFIG_NAME
 from peftstate.errors import AdapterLoadError, RestoreError
 from peftstate.sections import extra_tensors
 from peftstate.sections._adapter_tensors import adapter_tensors, live_tensors
-from peftstate.sections._tensors import aligned, in_threads, tensor_record
+from peftstate.sections._tensors import tensor_record
 
 if TYPE_CHECKING:
     from peftstate._source import AdapterFiles, Source
@@ -93,10 +93,8 @@ def _set(target: torch.Tensor, tensor: torch.Tensor) -> None:
 
 def _put_all(placed: Sequence[tuple[TensorSite, torch.Tensor]], device: torch.device) -> None:
     """Put tensors in the places of some on the meta device."""
-    nbytes = sum(tensor.nbytes for _, tensor in placed)
-    copies = in_threads((tensor for _, tensor in placed), aligned, nbytes=nbytes)
-    for (site, _), data in zip(placed, copies, strict=True):
-        parameter = nn.Parameter(data.to(device), site.tensor.requires_grad)
+    for site, tensor in placed:
+        parameter = nn.Parameter(tensor.to(device), site.tensor.requires_grad)
         site.module._parameters[site.leaf] = parameter
 
 

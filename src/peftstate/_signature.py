@@ -50,7 +50,7 @@ class Signed:
         """What holds for a sub-folder."""
         return attrs.evolve(self, prefix=f"{self.prefix}{subfolder}/")
 
-    def check(self, path: str, name: str, data: bytes) -> None:
+    def check(self, path: str, name: str, data: memoryview) -> None:
         """Refuse a file that is not as it was signed.
 
         Raises:
@@ -124,7 +124,7 @@ def check_all(folder: AdapterFolder, subfolders: Collection[str] | None = None) 
     wanted = {name for name in signed if str(PurePosixPath(name).parent) in looked_into}
     for name in sorted(wanted - folder.signed.checked):
         try:
-            folder.read_bytes(name)
+            folder.read(name)
         except FileNotFoundError:
             raise _missing(str(folder.path / name)) from None
 

@@ -117,9 +117,7 @@ def signature_of(
     Returns:
         The content of its signature file.
     """
-    files = {
-        name: file_digest(folder.read_bytes(name)) for name in sorted(covered(folder, subfolders))
-    }
+    files = {name: file_digest(folder.read(name)) for name in sorted(covered(folder, subfolders))}
     inside = {TEMPLATES_FOLDER, *subfolders}
     ignored = {f"{subfolder}/{name}" for subfolder in subfolders for name in NOT_COVERED}
     with contextlib.suppress(FileNotFoundError):

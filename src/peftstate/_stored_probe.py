@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
 
 from peftstate._digest import tensor_digest
 from peftstate._files import consistently, manifest_of, read_recorded
+from peftstate._safetensors import stored
 from peftstate._signature import open_for_load
 from peftstate._storage import SIDECAR_NAME
 from peftstate.errors import IntegrityError
@@ -21,6 +21,7 @@ from peftstate.sections.predictions import SUMS
 if TYPE_CHECKING:
     from peftstate._folder import AdapterFolder
     from peftstate._keys import TrustedKeys
+    from peftstate._safetensors import Stored
     from peftstate.manifest import Manifest
     from peftstate.sections._tensors import SidecarTensor
     from peftstate.sections.predictions import PredictionsRecord
@@ -29,7 +30,6 @@ _SINGLE = 2.0**-23
 """The distance from 1 to the next number of float32."""
 _FORMATS = {"float64": "d", "float32": "f", "float16": "e", "int64": "q", "int32": "i"}
 """dtypes → what `struct` calls them; bfloat16 is the upper half of float32."""
-_MAX_HEADER = 32 * 1024 * 1024
 _DIMENSIONS = ("rows", "tokens", "vocabulary")
 _ANSWERED = frozenset({"input_ids", "attention_mask", "labels"})
 """The inputs that a completion request stands for; labels decide the loss only."""
@@ -136,32 +136,30 @@ def _read(folder: AdapterFolder) -> tuple[Manifest, dict[str, _Values]]:
     data = read_recorded(folder, SIDECAR_NAME, manifest.files.get(SIDECAR_NAME))
     wanted = {**record.inputs, "logits": record.logits}
     path = str(folder.path / SIDECAR_NAME)
-    return manifest, {name: _tensor(path, data, tensor) for name, tensor in wanted.items()}
+    try:
+        held = stored(data)
+    except ValueError as error:
+        raise IntegrityError(path, "a file of tensors", f"something else ({error})") from error
+    return manifest, {name: _tensor(path, held, tensor) for name, tensor in wanted.items()}
 
 
-def _tensor(path: str, data: bytes, record: SidecarTensor) -> _Values:
+def _tensor(path: str, held: Mapping[str, Stored], record: SidecarTensor) -> _Values:
     """A tensor of the sidecar, compared with its record.
 
     Raises:
         IntegrityError: It is not there, or not as it was saved.
         ValueError: It is in a dtype that is not read without torch.
     """
-    body = 8 + int.from_bytes(data[:8], "little")
-    try:
-        if body > _MAX_HEADER:
-            raise ValueError(f"a header of {body} bytes")
-        begin, end = json.loads(data[8:body])[record.tensor]["data_offsets"]
-        found = memoryview(data)[body + begin : body + end]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        actual = f"something else ({type(error).__name__}: {error})"
-        raise IntegrityError(f"{path}[{record.tensor}]", "a tensor", actual) from error
-    digest = tensor_digest(record.dtype, record.shape, found)
+    name = f"{path}[{record.tensor}]"
+    if record.tensor not in held:
+        raise IntegrityError(name, "a tensor", "none of that name")
+    data = held[record.tensor].data
+    digest = tensor_digest(record.dtype, record.shape, data)
     if digest != record.digest:
-        name = f"{path}[{record.tensor}]"
         raise IntegrityError(name, f"digest {record.digest}", f"digest {digest}")
     if record.dtype != "bfloat16" and record.dtype not in _FORMATS:
         raise ValueError(f"the probe holds {record.dtype}, which no server is asked with")
-    return _Values(record.dtype, record.shape, found)
+    return _Values(record.dtype, record.shape, data)
 
 
 def _prompt(row: int, ids: _Values, logits: _Values, mask: _Values | None) -> tuple[Prompt, float]:

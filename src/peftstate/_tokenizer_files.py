@@ -79,7 +79,7 @@ def _is_partial(folder: AdapterFolder, record: TokenizerRecord) -> bool:
 
 def _digest(folder: AdapterFolder, name: str) -> str | None:
     """The SHA-256 of a file, if there is one."""
-    return file_digest(folder.read_bytes(name)) if folder.exists(name) else None
+    return file_digest(folder.read(name)) if folder.exists(name) else None
 
 
 def _compare(
@@ -110,5 +110,5 @@ def _load(folder: AdapterFolder, names: list[str]) -> Any:
 
     with temporary_folder() as place:
         for name in names:
-            (place / name).write_bytes(folder.read_bytes(name))
+            (place / name).write_bytes(folder.read(name))
         return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)

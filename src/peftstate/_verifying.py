@@ -168,7 +168,7 @@ def _compare_folder(folder: AdapterFolder, manifest: Manifest, below: str) -> tu
 def _described(folder: AdapterFolder, name: str, reach: Callable[[int], object]) -> Json | Presence:
     """A file as a manifest would describe it, or what is there in its place."""
     try:
-        data = folder.read_bytes(name)
+        data = folder.read(name)
     except FileNotFoundError:
         return ABSENT
     except IntegrityError as error:

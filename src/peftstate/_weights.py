@@ -5,79 +5,82 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
+import attrs
 import torch
 
 from peftstate._diff import printable
+from peftstate._disk import BOUNDARY
+from peftstate._safetensors import MAX_TENSORS, Stored, stored
 from peftstate.errors import IntegrityError
 from peftstate.sections._tensors import (
     SidecarTensor,
     TensorRecord,
+    aligned,
+    dtype_named,
     tensor_record,
     tensor_records,
 )
 
-MAX_HEADER = 32 * 1024 * 1024
-"""Bytes of the header of a safetensors file; that of 100,000 tensors has 15 MB."""
-MAX_TENSORS = 2**17
-"""Tensors in a file; LoRA on every expert of the largest mixtures has 90,000."""
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 _SHOWN = 80
 """Characters of a name that a message shows."""
 
 
-def parse_weights(name: str, data: bytes) -> dict[str, torch.Tensor]:
-    """The tensors of a weights file.
+def parse_weights(name: str, data: Buffer) -> dict[str, torch.Tensor]:
+    """The tensors of a weights file, each with a memory of its own or a part of the file's.
 
     Args:
         name: The file, for errors; its ending tells the format. A ``.bin`` file is a pickle,
             which PEFT writes on request, and is read with ``weights_only=True``.
-        data: Its content.
+        data: Its content, which belongs to the tensors from then on, if it may be written to.
 
     Raises:
         IntegrityError: It is not such a file.
     """
     try:
         if not name.endswith(".bin"):
-            _check_header(data)
-            return safetensors.torch.load(data)
-        _check_archive(data)
-        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            return {key: _torch_tensor(tensor) for key, tensor in stored(data).items()}
+        archive = io.BytesIO(data)
+        _check_archive(archive)
+        loaded = torch.load(archive, map_location="cpu", weights_only=True)
     except Exception as error:  # of damaged bytes, these parsers raise anything
         reason = f"{type(error).__name__}: {error}"
         raise IntegrityError(name, "a file of tensors", f"something else ({reason})") from error
-    return _named_tensors(name, loaded, most=len(data))
+    return _named_tensors(name, loaded, most=memoryview(data).nbytes)
 
 
-def _check_header(data: bytes) -> None:
-    """Refuse a safetensors file whose header takes long to parse, or much memory.
+def _torch_tensor(tensor: Stored) -> torch.Tensor:
+    """A tensor of a file: the memory that it was read into, if torch would have it there.
 
-    safetensors takes 100 MB: 1.4 million empty tensors, for which it needs 5 s and 1 GB.
-
-    Raises:
-        ValueError: It does.
+    A product's last bits may depend on where its factors begin.
     """
-    length = int.from_bytes(data[:8], "little")
-    if length > MAX_HEADER:
-        raise ValueError(f"a header of {length} bytes; it may have {MAX_HEADER}")
-    # each tensor is an object, beside which there are the header itself and its metadata
-    if data.count(b"{", 8, 8 + length) > MAX_TENSORS + 2:
-        raise ValueError(f"more than {MAX_TENSORS} tensors")
+    dtype = dtype_named(tensor.dtype)
+    if not tensor.data:
+        return torch.empty(tensor.shape, dtype=dtype)
+    if tensor.data.readonly:
+        tensor = attrs.evolve(tensor, data=memoryview(bytearray(tensor.data)))
+    found = torch.frombuffer(tensor.data, dtype=dtype).reshape(tensor.shape)
+    return found if found.data_ptr() % BOUNDARY == 0 else aligned(found)
 
 
-def _check_archive(data: bytes) -> None:
+def _check_archive(data: io.BytesIO) -> None:
     """Refuse a file of `torch.save` that would unpack to more than its own size.
 
     Raises:
         ValueError: It would, or it is in the format of torch before 1.6.
         BadZipFile: It is damaged, or none such.
     """
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    with zipfile.ZipFile(data) as archive:
         entries = archive.infolist()
+    data.seek(0)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError("a compressed archive")
-    if sum(entry.file_size for entry in entries) > len(data) or len(entries) > MAX_TENSORS:
+    claimed = sum(entry.file_size for entry in entries)
+    if claimed > len(data.getbuffer()) or len(entries) > MAX_TENSORS:
         raise ValueError("an archive that claims to hold more than it does")
 
 

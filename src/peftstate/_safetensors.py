@@ -1,0 +1,149 @@
+"""Safetensors files that were read already, without torch and without a copy.
+
+The library of that name copies all tensors out of bytes, or maps a file that others may write to.
+A load that reads an adapter once, and checks what it then uses, wants neither. What is refused here
+is what that library refuses (`safetensors/src/tensor.rs::SafeTensors::read_metadata` and
+`Metadata::validate`), and headers that take long to parse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from peftstate._codec import loads
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+MAX_HEADER = 32 * 1024 * 1024
+"""Bytes of the header; that of 100,000 tensors has 15 MB. safetensors takes 100 MB: 1.4 million
+empty tensors, for which it needs 5 s and 1 GB."""
+MAX_TENSORS = 2**17
+"""Tensors in a file; LoRA on every expert of the largest mixtures has 90,000."""
+MAX_DIMENSIONS = 64
+"""Dimensions of a tensor, as many as torch has."""
+_SHOWN = 80
+"""Characters of a value that a message shows."""
+_LENGTH = 8
+"""Bytes at the beginning of a file that say how long its header is."""
+
+DTYPES: Mapping[str, tuple[str, int]] = {
+    "BOOL": ("bool", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "U16": ("uint16", 2),
+    "I16": ("int16", 2),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "U32": ("uint32", 4),
+    "I32": ("int32", 4),
+    "F32": ("float32", 4),
+    "U64": ("uint64", 8),
+    "I64": ("int64", 8),
+    "F64": ("float64", 8),
+    "C64": ("complex64", 8),
+}
+"""dtypes of the format → their names in torch, and the bytes of an element
+(`safetensors/torch.py::_TYPES`)."""
+
+
+@attrs.frozen
+class Stored:
+    """A tensor in a file.
+
+    Attributes:
+        dtype: Name of the dtype as torch writes it.
+        shape: The shape.
+        data: The elements, in row-major order and little-endian: a part of what was read.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+def stored(data: Buffer) -> dict[str, Stored]:
+    """The tensors of a file, in the order of their bytes.
+
+    Args:
+        data: Its content.
+
+    Raises:
+        ValueError: It is no such file, or its header is too large.
+    """
+    content = memoryview(data).cast("B")
+    body = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
+    if body > MAX_HEADER:
+        raise ValueError(f"a header of {body - _LENGTH} bytes; it may have {MAX_HEADER}")
+    if body > len(content) or body <= _LENGTH:
+        raise ValueError(f"a header of {body - _LENGTH} bytes in a file of {len(content)}")
+    found: dict[str, Stored] = {}
+    reached = body
+    for name, entry in _entries(bytes(content[_LENGTH:body])):
+        tensor, begin, end = _tensor(name, entry, content[body:])
+        if body + begin != reached:
+            raise ValueError(f"{_shown(name)} begins at byte {begin}, where none ends")
+        found[name] = tensor
+        reached = body + end
+    if reached != len(content):
+        raise ValueError(f"{len(content) - reached} bytes that belong to no tensor")
+    return found
+
+
+def _entries(header: bytes) -> list[tuple[str, Any]]:
+    """What a header says of each tensor, in the order of their bytes."""
+    # each tensor is an object, beside which there are the header itself and its metadata
+    if header.count(b"{") > MAX_TENSORS + 2:
+        raise ValueError(f"more than {MAX_TENSORS} tensors")
+    entries = loads(header)
+    if not isinstance(entries, dict):
+        raise ValueError("a header that is no object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("metadata that is no object of strings")
+    for name, entry in entries.items():
+        _check_entry(name, entry)
+    return sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    """Refuse what does not describe a tensor."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{_shown(name)} is not described by dtype, shape and data_offsets")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+        raise ValueError(f"{_shown(name)} has the unknown dtype {_shown(entry['dtype'])}")
+    if len(_naturals(name, entry["shape"])) > MAX_DIMENSIONS:
+        raise ValueError(f"{_shown(name)} has more than {MAX_DIMENSIONS} dimensions")
+    if len(_naturals(name, entry["data_offsets"])) != len(("begin", "end")):
+        raise ValueError(f"{_shown(name)} does not begin and end at a byte")
+
+
+def _naturals(name: str, value: Any) -> list[int]:
+    """A list of numbers, none below 0."""
+    if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
+        raise ValueError(f"{_shown(name)} has {_shown(value)} for numbers")
+    return value
+
+
+def _tensor(name: str, entry: dict[str, Any], body: memoryview) -> tuple[Stored, int, int]:
+    """A tensor, and where its bytes begin and end."""
+    dtype, size = DTYPES[entry["dtype"]]
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if end > len(body) or end - begin != size * math.prod(shape):
+        raise ValueError(f"{_shown(name)} of shape {_shown(shape)} has bytes {begin} to {end}")
+    return Stored(dtype, shape, body[begin:end]), begin, end
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, as much of it as fits."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
