@@ -68,6 +68,25 @@ def test_a_load_passes_over_the_base_once(load_base, with_lora, tmp_path, counts
     assert counts["walked"] <= 8
 
 
+def test_a_load_onto_a_base_that_was_read_passes_over_nothing_but_the_adapter(
+    load_base, with_lora, tmp_path, counts
+):
+    """The base model of an earlier load is not digested again."""
+    with_lora(load_base("bf16")).save_pretrained(tmp_path)
+    model = peftstate.PeftModel.from_pretrained(load_base("bf16"), tmp_path, is_trainable=False)
+    adapter = kinds(model, of_adapter=True)
+    base = model.unload()
+    vars(base).pop("peft_config", None)
+    counts["digested"].clear()
+    counts["walked"] = 0
+    peftstate.PeftModel.from_pretrained(base, tmp_path, is_trainable=False)
+    assert {kind: counts["digested"][kind] for kind in adapter} == {
+        kind: 2 * number for kind, number in adapter.items()
+    }
+    assert not (kinds(base, of_adapter=False).keys() - adapter.keys()) & counts["digested"].keys()
+    assert counts["walked"] <= 5
+
+
 def test_a_further_adapter_passes_over_nothing_but_itself(load_base, with_lora, tmp_path, counts):
     """The second one on a base model digests no tensor of that."""
     with_lora(load_base("bf16")).save_pretrained(tmp_path)

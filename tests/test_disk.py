@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import random
 import socket
 import stat
 import threading
@@ -33,6 +34,18 @@ def test_read_file(tmp_path: Path) -> None:
     assert bytes(read_file(tmp_path / "file", inside=[tmp_path], limit=4)) == b"\0\r\n\xff"
     with pytest.raises(IntegrityError, match="saved at most 3 bytes, found 4 bytes"):
         read_file(tmp_path / "file", inside=[tmp_path], limit=3)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**16, 2**21 + 77])
+def test_read_into_memory_of_its_own(tmp_path: Path, size: int) -> None:
+    """What is done to what was read changes neither the file nor what another reads."""
+    content = random.Random(size).randbytes(size)
+    (tmp_path / "file").write_bytes(content)
+    data, other = (read_file(tmp_path / "file", inside=[tmp_path]) for _ in range(2))
+    assert bytes(data) == content
+    data[:] = bytes(size)
+    assert bytes(other) == content
+    assert (tmp_path / "file").read_bytes() == content
 
 
 def test_read_missing_file(tmp_path: Path) -> None:

@@ -136,15 +136,15 @@ def test_read_manifest_between_saves(folder: Path, monkeypatch: pytest.MonkeyPat
     """A reader that meets a save reads again, and gets the new manifest."""
     path = folder / "peftstate.json"
     path.write_bytes(b"{")
-    read_bytes = AdapterFolder.read_bytes
+    read = AdapterFolder.read
 
-    def and_then_saved(self: AdapterFolder, name: str, *, limit: int | None = None) -> bytes:
-        data = read_bytes(self, name, limit=limit)
-        if data == b"{":
+    def and_then_saved(self: AdapterFolder, name: str, **limits: Any) -> memoryview:
+        data = read(self, name, **limits)
+        if bytes(data) == b"{":
             write(folder)
         return data
 
-    monkeypatch.setattr(AdapterFolder, "read_bytes", and_then_saved)
+    monkeypatch.setattr(AdapterFolder, "read", and_then_saved)
     assert read_manifest(folder) == MANIFEST
 
 
@@ -343,22 +343,22 @@ def test_verify_files_of_an_unfinished_save(folder: Path) -> None:
 
 def test_verify_files_between_saves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A save between the manifest and the files is no difference."""
-    read_bytes = AdapterFolder.read_bytes
+    read = AdapterFolder.read
     new = attrs.evolve(
         MANIFEST,
         files={"adapter_model.safetensors": recorded(b"new")},
     )
     pending = [True]
 
-    def and_then_saved(self: AdapterFolder, name: str, *, limit: int | None = None) -> bytes:
-        data = read_bytes(self, name, limit=limit)
+    def and_then_saved(self: AdapterFolder, name: str, **limits: Any) -> memoryview:
+        data = read(self, name, **limits)
         if pending and pending.pop():
             with staged(folder) as staging:
                 (staging / "adapter_model.safetensors").write_bytes(b"new")
                 (staging / "peftstate.json").write_bytes(new.to_json())
         return data
 
-    monkeypatch.setattr(AdapterFolder, "read_bytes", and_then_saved)
+    monkeypatch.setattr(AdapterFolder, "read", and_then_saved)
     assert verify_files(folder).ok
     assert not pending
 

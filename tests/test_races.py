@@ -74,7 +74,7 @@ def test_a_folder_is_read_again_while_saves_go_on(generations, tmp_path, monkeyp
     folder = tmp_path / "adapter"
     PEFTSTATE.save(generations.models[0], folder)
     spoiled = iter([1, 2, 3])
-    read = AdapterFolder.read_bytes
+    read = AdapterFolder.read
 
     def spoil(self, name, **options):
         data = read(self, name, **options)
@@ -82,7 +82,7 @@ def test_a_folder_is_read_again_while_saves_go_on(generations, tmp_path, monkeyp
             PEFTSTATE.save(generations.models[number], folder)
         return data
 
-    monkeypatch.setattr(AdapterFolder, "read_bytes", spoil)
+    monkeypatch.setattr(AdapterFolder, "read", spoil)
     assert generations.read(folder) == 3
     assert next(spoiled, None) is None
 

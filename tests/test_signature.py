@@ -336,20 +336,20 @@ def test_save_that_was_not_moved_to_the_end(folder: Path) -> None:
 
 def test_read_between_saves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that meets a save reads again, signature and all."""
-    read_bytes = AdapterFolder.read_bytes
+    read = AdapterFolder.read
     older = Manifest.from_json((folder / MANIFEST_NAME).read_bytes(), path="")
     newer = attrs.evolve(older, peftstate_version="9")
     saves = iter([newer])
 
-    def and_then_saved(self: AdapterFolder, name: str, **limits: Any) -> bytes:
-        data = read_bytes(self, name, **limits)
+    def and_then_saved(self: AdapterFolder, name: str, **limits: Any) -> memoryview:
+        data = read(self, name, **limits)
         if name == SIGNATURE_NAME and (manifest := next(saves, None)):
             (folder / MANIFEST_NAME).write_bytes(manifest.to_json())
-            monkeypatch.setattr(AdapterFolder, "read_bytes", read_bytes)
+            monkeypatch.setattr(AdapterFolder, "read", read)
             peftstate.sign(folder, KEY)
         return data
 
-    monkeypatch.setattr(AdapterFolder, "read_bytes", and_then_saved)
+    monkeypatch.setattr(AdapterFolder, "read", and_then_saved)
     assert peftstate.read_manifest(folder, trusted_keys=TRUSTED) == newer
 
 
@@ -578,15 +578,15 @@ def test_what_was_verified_is_loaded(
 ) -> None:
     """Files that are exchanged after they were read have no effect on the load."""
     base_with_other_weights(base).save_pretrained(tmp_path / "evil")
-    read_bytes = AdapterFolder.read_bytes
+    read = AdapterFolder.read
 
-    def and_then_exchanged(self: AdapterFolder, name: str, **limits: Any) -> bytes:
-        data = read_bytes(self, name, **limits)
+    def and_then_exchanged(self: AdapterFolder, name: str, **limits: Any) -> memoryview:
+        data = read(self, name, **limits)
         if self.signed is not None and (tmp_path / "evil" / name).exists():
             shutil.copyfile(tmp_path / "evil" / name, saved / name)
         return data
 
-    monkeypatch.setattr(AdapterFolder, "read_bytes", and_then_exchanged)
+    monkeypatch.setattr(AdapterFolder, "read", and_then_exchanged)
     loaded = peftstate.PeftModel.from_pretrained(base(), saved, trusted_keys=TRUSTED)
     assert equal(parameters(loaded), parameters(model))
     evil = (tmp_path / "evil" / "adapter_model.safetensors").read_bytes()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import mmap
+from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 
+from peftstate._disk import BOUNDARY, read_file
 from peftstate._weights import parse_weights
 from peftstate.errors import IntegrityError
 
@@ -40,6 +44,46 @@ def test_both_formats(name: str, data: bytes) -> None:
     for key, tensor in TENSORS.items():
         assert found[key].dtype is tensor.dtype
         assert torch.equal(found[key], tensor)
+
+
+def read(folder: Path, tensors: dict[str, torch.Tensor]) -> memoryview:
+    """The content of a file with tensors, as a load reads it."""
+    safetensors.torch.save_file(tensors, folder / "w.safetensors")
+    return read_file(folder / "w.safetensors", inside=[folder])
+
+
+def place(data: memoryview) -> tuple[int, int]:
+    """Where some memory begins and ends."""
+    start = torch.frombuffer(data, dtype=torch.uint8).data_ptr()
+    return start, start + len(data)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="such memory is Linux's")
+def test_tensors_stay_where_they_were_read(tmp_path: Path) -> None:
+    """Those of a large file are not copied, begin where torch would have them, and are separate."""
+    saved = {"a": torch.rand(256, 128), "b": torch.rand(64, 64).to(torch.bfloat16)}
+    data = read(tmp_path, saved)
+    begin, end = place(data)
+    found = parse_weights("w.safetensors", data)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, saved[name])
+        assert begin <= tensor.data_ptr() < end
+        assert tensor.data_ptr() % BOUNDARY == 0
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    found["a"].zero_()
+    assert torch.equal(found["b"], saved["b"])
+    again = safetensors.torch.save(found)
+    del data, found
+    gc.collect()
+    assert torch.equal(safetensors.torch.load(again)["b"], saved["b"])
+
+
+def test_tensors_that_begin_elsewhere_are_moved(tmp_path: Path) -> None:
+    """A product's last bits depend on where its factors begin."""
+    saved = {"a": torch.rand(256, 129), "b": torch.rand(3).to(torch.bfloat16)}
+    for name, tensor in parse_weights("w.safetensors", read(tmp_path, saved)).items():
+        assert torch.equal(tensor, saved[name])
+        assert tensor.data_ptr() % BOUNDARY == 0
 
 
 class Code:

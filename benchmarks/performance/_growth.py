@@ -1,4 +1,7 @@
-"""How the cost of a load grows: with the adapter, the base model, and what else there is."""
+"""How the cost of a load grows: with the adapter, the base model, and what else there is.
+
+The loads are onto base models that were not read before.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ from benchmarks.performance._workloads import (
     llama,
     lora,
 )
+from peftstate.sections import _seen
 
 RANKS = (4, 8, 16, 32, 64, 128, 256)
 WIDTHS = (2560, 5120, 10240, 20480, 40960)
@@ -51,7 +55,7 @@ def with_adapter(folder: Path, repetitions: int, ranks: Sequence[int] = RANKS) -
     def points() -> Iterator[tuple[float, Comparison]]:
         for rank in ranks:
             bench = _bench(MEDIUM, folder / f"rank-{rank}", config=lora(rank))
-            yield bench.adapter_bytes / MEGABYTE, _live.load(bench, repetitions)
+            yield bench.adapter_bytes / MEGABYTE, _live.first_load(bench, repetitions)
 
     return Growth(against="size of the adapter, MB", points=tuple(points()))
 
@@ -64,7 +68,7 @@ def with_base(folder: Path, repetitions: int, widths: Sequence[int] = WIDTHS) ->
         for width in widths:
             make = partial(llama, hidden=1024, layers=8, intermediate=width, vocab=4096)
             bench = _bench(MEDIUM, folder / f"width-{width}", make=make, config=config)
-            yield bench.base_bytes / MEGABYTE, _live.load(bench, repetitions)
+            yield bench.base_bytes / MEGABYTE, _live.first_load(bench, repetitions)
 
     return Growth(against="size of the base model, MB", points=tuple(points()))
 
@@ -90,8 +94,8 @@ def with_sections(folder: Path, repetitions: int, counts: Sequence[int] | None =
         for count in range(len(names) + 1) if counts is None else counts:
             ignored = dict.fromkeys(names[count:], "ignore")
             runs = {
-                PEFT.name: partial(bench.load, PEFT),
-                PEFTSTATE.name: partial(bench.load, PEFTSTATE, on_mismatch=ignored),
+                PEFT.name: partial(bench.first_load, PEFT),
+                PEFTSTATE.name: partial(bench.first_load, PEFTSTATE, on_mismatch=ignored),
             }
             found = alternately(runs, repetitions)
             yield count, Comparison(found[PEFT.name], found[PEFTSTATE.name])
@@ -125,6 +129,7 @@ def _load_together(base: Any, count: int, folder: Path, repetitions: int) -> Com
 
     def run(load: Callable[[], Any]) -> Sample:
         nonlocal base
+        _seen.forget()
         with silently():
             model, sample = timed(load)
         for number in range(1, count):

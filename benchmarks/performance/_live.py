@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 
 from benchmarks._generations import silently
@@ -17,9 +18,19 @@ WRITTEN = {
 """What must be in a folder after a save."""
 
 
-def load(bench: Bench, repetitions: int) -> Comparison:
-    """`from_pretrained` onto a base model that has no adapter."""
-    runs = {library.name: partial(bench.load, library) for library in (PEFT, PEFTSTATE)}
+def first_load(bench: Bench, repetitions: int) -> Comparison:
+    """`from_pretrained` onto a base model that was not read before."""
+    return _load(bench.first_load, repetitions)
+
+
+def further_load(bench: Bench, repetitions: int) -> Comparison:
+    """`from_pretrained` onto a base model that an earlier load of the same process has read."""
+    return _load(bench.load, repetitions)
+
+
+def _load(run: Callable[[Library], Sample], repetitions: int) -> Comparison:
+    """Loads onto a base model that has no adapter."""
+    runs = {library.name: partial(run, library) for library in (PEFT, PEFTSTATE)}
     found = alternately(runs, repetitions)
     return Comparison(found[PEFT.name], found[PEFTSTATE.name])
 

@@ -160,7 +160,8 @@ def _of_bench(bench: Bench, workload: Workload, repetitions: int) -> Iterator[Ti
     """Loads of a workload, and half as many saves, each of which takes a load before it."""
     first, second = _live.save(bench, -(-repetitions // 2))
     for path, situation, times in (
-        ("from_pretrained", "", _live.load(bench, repetitions)),
+        ("from_pretrained", "", _live.first_load(bench, repetitions)),
+        ("from_pretrained", ", read before", _live.further_load(bench, repetitions)),
         ("save_pretrained", "", first),
         ("save_pretrained", ", saved before, nothing changed", second),
     ):

@@ -24,6 +24,7 @@ from benchmarks._generations import silently
 from benchmarks._page import ROOT
 from benchmarks.fidelity._libraries import Library
 from benchmarks.performance._measure import Sample, timed
+from peftstate.sections import _seen
 
 MEGABYTE = 10**6
 _BLOCK = 2**24
@@ -192,6 +193,11 @@ class Bench:
         check_loaded(model, self.adapter, "default")
         yield model, sample
         self.base = bare(model)
+
+    def first_load(self, library: Library, **options: Any) -> Sample:
+        """Load the adapter onto the base model as one that was never read."""
+        _seen.forget()
+        return self.load(library, **options)
 
     def load(self, library: Library, **options: Any) -> Sample:
         """Load the adapter, and say how long it took."""

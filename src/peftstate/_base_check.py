@@ -1,4 +1,7 @@
-"""The comparison of the bare base model with the saved one, before or while it gets its adapter."""
+"""The comparison of the bare base model with the saved one, before or while it gets its adapter.
+
+A tensor that was compared before in this process is read again only if it looks different.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import attrs
 from peftstate._steps import Plan, check_base
 from peftstate.errors import RestoreError, StateMismatchError
 from peftstate.sections._ahead import Ahead
+from peftstate.sections._base_tensors import base_tensors
+from peftstate.sections._seen import Looks
 
 if TYPE_CHECKING:
     from peftstate.manifest import Manifest
@@ -28,8 +33,24 @@ def base_checked(view: ModelView, manifest: Manifest, plan: Plan) -> Iterator[Ca
     Raises:
         StateMismatchError: It is another one, or quantized in another way.
     """
-    check_base(view, manifest, plan)
+    check_base_if_changed(view, manifest, plan)
     yield lambda: None
+
+
+def check_base_if_changed(view: ModelView, manifest: Manifest, plan: Plan) -> None:
+    """Compare the base model, but for the tensors that were compared before and look the same.
+
+    Raises:
+        StateMismatchError: It is another one, or quantized in another way.
+    """
+    check_base(_looked_at(view.once(), manifest), manifest, plan)
+
+
+def _looked_at(view: ModelView, manifest: Manifest) -> ModelView:
+    """The view, with what is known of the base model's tensors by a look at them."""
+    looks = Looks.of(base_tensors(view))
+    known = looks.unchanged(manifest.sections["base_model"].tensors)
+    return attrs.evolve(view, looks=looks, known=known)
 
 
 @contextmanager
@@ -53,11 +74,12 @@ def base_checked_meanwhile(
         with base_checked(view, manifest, plan) as nothing_left:
             yield nothing_left
         return
-    put_back = {*record.changed, *record.shadowed}
-    fixed = {name: tensor for name, tensor in record.tensors.items() if name not in put_back}
-    ahead = Ahead.of(view, fixed)
+    looked_at = _looked_at(view.once(), manifest)
+    passed_over = {*record.changed, *record.shadowed, *looked_at.known}
+    fixed = {name: tensor for name, tensor in record.tensors.items() if name not in passed_over}
+    ahead = Ahead.of(looked_at, fixed)
     try:
-        _check_rest(view, manifest, plan, ahead)
+        _check_rest(looked_at, manifest, plan, ahead)
         failure: Exception | None = None
         try:
             yield partial(_end, ahead)
@@ -73,7 +95,7 @@ def base_checked_meanwhile(
 
 def _check_rest(view: ModelView, manifest: Manifest, plan: Plan, ahead: Ahead) -> None:
     """Compare what is not compared meanwhile; if it differs, all of it, to name all differences."""
-    rest = attrs.evolve(view, digested_elsewhere=frozenset(ahead.saved))
+    rest = attrs.evolve(view, known=view.known | ahead.saved.keys())
     try:
         check_base(rest, manifest, plan)
     except StateMismatchError:

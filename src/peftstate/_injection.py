@@ -46,8 +46,9 @@ def set_tensors(
     Raises:
         AdapterLoadError: A weight has no place, or a placeholder no weight.
     """
+    view = view.once()
     for saved, read in files.items():
-        _set_adapter(view.now(), saved, read, manifest.sections["adapters"].adapters[saved])
+        _set_adapter(view, saved, read, manifest.sections["adapters"].adapters[saved])
     if extra_tensors.SECTION in plan.sections(view, manifest):
         extra_tensors.restore_adapters(manifest.sections["extra_tensors"], view)
 
@@ -66,7 +67,9 @@ def _set_adapter(view: ModelView, saved: str, read: AdapterFiles, record: Adapte
         name: target for name, target in targets.items() if target.shape == read.tensors[name].shape
     }
     placed = [(waiting.pop(id(t)), read.tensors[n]) for n, t in fitting.items() if id(t) in waiting]
-    _put_all(placed, next((t.device for t in view.base.parameters()), torch.device("cpu")))
+    if placed:
+        _put_all(placed, next((t.device for t in view.base.parameters()), torch.device("cpu")))
+        view.tensors_changed()
     for name, target in fitting.items():
         if not target.is_meta and tensor_record(target) != record.tensors[name]:
             _set(target, read.tensors[name])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftstate._source import Source
+    from peftstate.sections._view import ModelView
 
 Inject = Callable[[Path, peft.PeftConfig], peft.PeftModel]
 """PEFT's `from_pretrained` on the base model: takes the folder, and the adapter's config."""
@@ -40,15 +41,15 @@ class Injector:
     load: Load
     wrap: Wrap | None
 
-    def fit_for(self, source: Source, base: nn.Module, names: Collection[str]) -> Injector:
+    def fit_for(self, source: Source, bare: ModelView, names: Collection[str]) -> Injector:
         """The same, but PEFT loads the weights where placeholders would not do.
 
         Args:
             source: What was read.
-            base: The base model.
+            bare: The bare base model.
             names: The names of the adapters in the model.
         """
-        if placeholders.suffice(source, base, names):
+        if placeholders.suffice(source, bare, names):
             return self
         return attrs.evolve(self, wrap=None)
 

@@ -12,7 +12,11 @@ import peft
 from torch import nn
 
 from peftstate import _placeholders as placeholders
-from peftstate._base_check import base_checked, base_checked_meanwhile
+from peftstate._base_check import (
+    base_checked,
+    base_checked_meanwhile,
+    check_base_if_changed,
+)
 from peftstate._initialisation import (
     check_loads_alone,
     not_truncated_again,
@@ -26,7 +30,6 @@ from peftstate._snapshot import AddingSnapshot, Snapshot
 from peftstate._source import AdapterFiles, Source
 from peftstate._steps import (
     Plan,
-    check_base,
     compare_restored,
     prepare_base,
     restore_sections,
@@ -81,7 +84,7 @@ def load_model(
     manifest = for_adapters(source.manifest, names)
     bare = ModelView(model=base, tokenizer=tokenizer).now()
     given = without_initialisation(source, plan, bare)
-    injector = injector.fit_for(given, base, names.values())
+    injector = injector.fit_for(given, bare, names.values())
 
     def steps() -> M:
         if injector.wrap is None:
@@ -98,11 +101,12 @@ def load_model(
             probe=inputs_of(manifest.sections.get("predictions")),
         )
         put_back_initialisation(view, source.adapters)
-        set_tensors(view, source.adapters, manifest, plan)
+        walked = view.now()
+        set_tensors(walked, source.adapters, manifest, plan)
         end_check()
-        restore_sections(view, manifest, plan)
+        restore_sections(walked, manifest, plan)
         if manifest.sections["adapters"].merged:  # embeddings in the file are merged already
-            set_tensors(view, source.adapters, manifest, plan)
+            set_tensors(walked, source.adapters, manifest, plan)
         report = compare_restored(view, manifest, plan)
         loaded = finish(view.model, _origin.of_loaded(view, manifest.sections["base_model"]))
         tell("loaded", source.folder.path, manifest, since=began, sections=report.sections)
@@ -148,10 +152,11 @@ def load_adapter(
     own = source.own_adapter
     manifest = for_adapters(source.manifest, {own})
     view = ModelView(model=model, adapters={own: name}, folders={own: "."})
+    bare = ModelView(model=view.base).now()
     # The parameters of an adapter that is there stay the objects that an optimizer holds.
-    if name in model.peft_config or not placeholders.suffice(source, view.base, {name}):
+    if name in model.peft_config or not placeholders.suffice(source, bare, {name}):
         add = None
-    check_base(ModelView(model=view.base, trusts_seen=True), manifest, plan)
+    check_base_if_changed(bare, manifest, plan)
 
     def loaded() -> Any:
         """What PEFT loads."""

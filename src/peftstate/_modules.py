@@ -31,8 +31,7 @@ def modules_of(model: nn.Module, *, beside: Collection[str] = ()) -> list[nn.Mod
         inner = module._modules
         if in_layer and beside and is_container(module):
             inner = {key: child for key, child in inner.items() if key not in beside}
-        cls: type = type(module)
-        is_layer = bool(beside) and is_layer_of_peft(cls)
+        is_layer = bool(beside) and is_layer_of_peft(_class(module))
         todo.extend((child, is_layer) for child in reversed(inner.values()) if child is not None)
     return list(found.values())
 
@@ -40,6 +39,16 @@ def modules_of(model: nn.Module, *, beside: Collection[str] = ()) -> list[nn.Mod
 def shared_modules_of(model: Any) -> list[nn.Module]:
     """Every module of a model but those that belong to one of its adapters."""
     return modules_of(model, beside=getattr(model, "peft_config", ()))
+
+
+def layers_of_peft(model: Any) -> list[nn.Module]:
+    """The layers that PEFT put into a model."""
+    return [module for module in shared_modules_of(model) if is_layer_of_peft(_class(module))]
+
+
+def _class(module: nn.Module) -> type:
+    """The class of a module, which mypy does not take for hashable."""
+    return type(module)
 
 
 def is_container(module: nn.Module) -> bool:

@@ -7,28 +7,28 @@ that is needed: what `peft.PeftModel.from_pretrained` and `load_adapter` do besi
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig
-from torch.overrides import TorchFunctionMode
 
 from peftstate._calls import calling_peft
-from peftstate.sections import _walk
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from torch import nn
 
     from peftstate._diff import Json
     from peftstate._source import Source
+    from peftstate.sections._view import ModelView
 
 META = torch.device("meta")
 
 
-def suffice(source: Source, base: nn.Module, names: Collection[str]) -> bool:
+def suffice(source: Source, base: ModelView, names: Collection[str]) -> bool:
     """Whether all that PEFT would draw or compute for the adapters is in their files.
 
     That holds for LoRA without any of its variants; what other tuners and the variants make beside
@@ -38,11 +38,11 @@ def suffice(source: Source, base: nn.Module, names: Collection[str]) -> bool:
 
     Args:
         source: What was read.
-        base: The base model; adapters may be injected in it.
+        base: The base model by itself; adapters may be injected in it.
         names: The names of the adapters in the model.
     """
-    modules = {site.name: site.module for site in _walk.sites(base, ())}
-    if hasattr(base, "hf_device_map") or any(
+    modules = dict(base.base_modules())
+    if hasattr(base.model, "hf_device_map") or any(
         f".{name}" in f".{path}{_AFTER_MODULES}" for path in modules for name in names
     ):
         return False
@@ -113,24 +113,15 @@ _OF_PLAIN_LORA = frozenset(
 """Fields of a config that make no variant of LoRA."""
 
 
-class _Uninitialised(TorchFunctionMode):
-    """Has what is on the meta device not be initialised, which torch does there in Python."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Call a function of torch's, unless it would do nothing."""
-        del types
-        target = args[0] if args else (kwargs or {}).get("tensor")
-        if getattr(func, "__name__", "") in _INITIALISERS and getattr(target, "is_meta", False):
-            return target
-        return func(*args, **(kwargs or {}))
-
-
-_INITIALISERS = frozenset(
-    {"kaiming_uniform_", "normal_", "uniform_", "zero_", "zeros_", "ones_", "fill_"}
-)
-"""What `torch.nn.init` has, and the methods that it calls."""
+@contextmanager
+def _undrawn(config: Any) -> Iterator[None]:
+    """Have PEFT not go through the initialisation of weights that are on the meta device."""
+    initialisation = config.init_lora_weights
+    config.init_lora_weights = False
+    try:
+        yield
+    finally:
+        config.init_lora_weights = initialisation
 
 
 def wrap(base: nn.Module, config: PeftConfig, name: str, *, is_trainable: bool) -> peft.PeftModel:
@@ -147,7 +138,7 @@ def wrap(base: nn.Module, config: PeftConfig, name: str, *, is_trainable: bool) 
     """
     config.inference_mode = not is_trainable
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", peft.PeftModel)
-    with calling_peft(), _Uninitialised():
+    with calling_peft(), _undrawn(config):
         model = cls(base, config, name, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
     return model if is_trainable else model.eval()
 
@@ -164,7 +155,7 @@ def add(model: peft.PeftModel, config: PeftConfig, name: str) -> Any:
         What PEFT returns: the keys that are missing, and those that were not expected.
     """
     config.inference_mode = True
-    with calling_peft(), _Uninitialised():
+    with calling_peft(), _undrawn(config):
         model._check_new_adapter_config(config, is_trainable=False)
         peft.PeftModel.add_adapter(model, name, config, low_cpu_mem_usage=True)
         model.eval()

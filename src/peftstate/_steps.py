@@ -119,7 +119,7 @@ def prepare_base(view: ModelView, manifest: Manifest, plan: Plan) -> None:
 
 def restore_sections(view: ModelView, manifest: Manifest, plan: Plan) -> None:
     """Bring the wrapped model into the saved state."""
-    view = view.now()
+    view = view.once()
     sections = plan.sections(view, manifest)
     steps = [(section, section.restore) for section in sections]
     steps += [(section, section.finish) for section in sections]

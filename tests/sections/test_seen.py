@@ -1,16 +1,18 @@
-"""A further adapter does not read a base model that was read, unless something speaks for it."""
+"""A load does not read a base model that was read before, unless it looks different."""
 
 from __future__ import annotations
 
 import gc
 import weakref
 
+import peft
 import pytest
 import torch
+import transformers
 
 import peftstate
 from peftstate import errors
-from peftstate.sections import _seen, _tensors
+from peftstate.sections import _bitsandbytes, _seen, _tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::peftstate.errors.TrainModeWarning")
 
@@ -84,14 +86,126 @@ def test_trainable_tensors_are_read_each_time(live, digested):
     assert tuple(weight.shape) in digested
 
 
-def test_a_load_onto_a_base_reads_all_of_it(live, load_base, digested):
-    """Only a live model's further adapters rely on what was seen."""
+@pytest.fixture
+def unloaded(live):
+    """The base model of a loaded model, bare again, and the folder that was loaded."""
     model, folder = live
     base = model.unload()
     vars(base).pop("peft_config", None)  # which older releases of PEFT leave there
+    return base, folder
+
+
+def test_a_load_onto_a_base_that_was_read_reads_only_the_adapter(unloaded, digested):
+    """As servers do that unload one adapter for the next."""
+    base, folder = unloaded
     digested.clear()
     peftstate.PeftModel.from_pretrained(base, folder, is_trainable=False)
+    assert tuple(base.get_input_embeddings().weight.shape) not in digested
+
+
+def test_what_is_forgotten_is_read_again(unloaded, digested):
+    """`forget` makes a base model one that was never read."""
+    base, folder = unloaded
+    digested.clear()
+    _seen.forget()
+    peftstate.PeftModel.from_pretrained(base, folder, is_trainable=False)
     assert tuple(base.get_input_embeddings().weight.shape) in digested
+
+
+def test_verify_reads_all_of_the_base(live, digested):
+    """Whatever was seen: who asks wants to know."""
+    model, folder = live
+    digested.clear()
+    peftstate.verify(model, folder)
+    assert tuple(model.get_input_embeddings().weight.shape) in digested
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A loaded model of tensors of several strides, in bf16, and the folder that it came from."""
+    config = transformers.LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=512,
+    )
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = peftstate.get_peft_model(base, lora)
+    model.save_pretrained(tmp_path)
+    peftstate.PeftModel.from_pretrained(model.unload(), tmp_path, is_trainable=False).unload()
+    return base, tmp_path
+
+
+def test_a_merge_and_its_reversal_are_seen(large):
+    """They round a few values, past torch's versions, in every layer."""
+    base, folder = large
+    model = peft.PeftModel.from_pretrained(base, folder)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    model.merge_adapter()
+    model.unmerge_adapter()
+    changed = [n for n, t in model.named_parameters() if not torch.equal(t, before[n])]
+    assert changed
+    with pytest.raises(errors.BaseModelMismatchError) as caught:
+        peftstate.PeftModel.from_pretrained(model.unload(), folder)
+    names = {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in changed}
+    assert {m.field for m in caught.value.mismatches} == {
+        f"tensors[{name}].digest" for name in names
+    }
+
+
+def test_all_is_read_again_when_one_tensor_has_changed(large):
+    """What changed it may have changed others where no look falls, as it did here."""
+    base, folder = large
+    weight = base.model.layers[1].mlp.up_proj.weight
+    start = _seen.PLACE // weight.element_size()
+    weight.data.view(-1)[start] += 1  # just behind the first place
+    peftstate.PeftModel.from_pretrained(base, folder).unload()  # which is not seen
+    base.model.layers[0].mlp.up_proj.weight.data.view(-1)[0] += 1
+    with pytest.raises(errors.BaseModelMismatchError) as caught:
+        peftstate.PeftModel.from_pretrained(base, folder)
+    assert len(caught.value.mismatches) == 2
+
+
+def test_a_write_as_long_as_a_stride_is_seen_wherever_it_is(large):
+    """For it covers a place."""
+    base, folder = large
+    weight = base.lm_head.weight.data.view(-1)
+    length = _seen.STRIDE // weight.element_size()
+    for start in (1, length // 2, len(weight) - length):
+        piece = weight[start : start + length]
+        before = piece.clone()
+        piece.mul_(2)
+        with pytest.raises(errors.BaseModelMismatchError, match="lm_head"):
+            peftstate.PeftModel.from_pretrained(base, folder)
+        piece.copy_(before)
+        peftstate.PeftModel.from_pretrained(base, folder).unload()
+
+
+def test_the_scales_of_a_quantized_weight_are_looked_at(unloaded):
+    """They are no parameters: a change of them alone is seen."""
+    base, folder = unloaded
+    layer = base.model.layers[0].mlp.down_proj
+    scales = _bitsandbytes.scales_of(layer, layer.weight)
+    if not scales:
+        assert type(layer) is torch.nn.Linear
+        return
+    scales[0].view(-1)[0] += 1
+    with pytest.raises(errors.BaseModelMismatchError, match=r"down_proj\.weight\."):
+        peftstate.PeftModel.from_pretrained(base, folder)
+
+
+def test_a_base_of_inference_tensors_loads(load_base, with_lora, tmp_path):
+    """These have no version, so they are read each time."""
+    with_lora(load_base()).save_pretrained(tmp_path)
+    with torch.inference_mode():
+        base = load_base()
+    for _ in range(2):
+        base = peftstate.PeftModel.from_pretrained(base, tmp_path, is_trainable=False).unload()
+        vars(base).pop("peft_config", None)
 
 
 def test_models_that_are_gone_are_forgotten(load_base, with_lora, tmp_path):

@@ -185,6 +185,23 @@ def canonical_tensors(module: nn.Module) -> Mapping[str, Callable[[], torch.Tens
     return {"weight": nibbles, **scales}
 
 
+def scales_of(module: nn.Module, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What beside a parameter makes up the quantized weight that it is, if it is one.
+
+    Args:
+        module: The module that holds the parameter.
+        tensor: The parameter, or a tensor of a `QuantState`.
+    """
+    if kind_of(module) is None or tensor is not getattr(module, "weight", None):
+        return []
+    state = forms.quant_state(module)
+    if state is not None:
+        nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+        return [state.absmax, *nested]
+    held = [getattr(getattr(module, "state", None), key, None) for key in ("CB", "SCB")]
+    return [part for part in (*held, getattr(tensor, "SCB", None)) if part is not None]
+
+
 def _canonical_scales(state: Any) -> dict[str, Callable[[], torch.Tensor]]:
     """The scales and the shape of a 4-bit weight."""
     import torch

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from peftstate._modules import shared_modules_of
+from peftstate._modules import layers_of_peft
 from peftstate.sections import _origin
 from peftstate.sections._base_tensors import BaseTensor, base_tensors
 from peftstate.sections._tensors import TensorRecord, tensor_record
@@ -110,7 +110,7 @@ def is_safe(model: nn.Module) -> bool:
 
 def merged_layers(model: nn.Module) -> list[Sequence[str]]:
     """The adapters that are merged in each layer that has any, in the order it was done in."""
-    merged = (getattr(module, "merged_adapters", ()) for module in shared_modules_of(model))
+    merged = (getattr(module, "merged_adapters", ()) for module in layers_of_peft(model))
     return [tuple(names) for names in merged if names]
 
 

@@ -1,16 +1,18 @@
-"""A cheap proof that a tensor of a live model is still the one that was digested.
+"""A cheap proof that the tensors of a live model are still those that were digested.
 
 A server that loads its hundredth adapter onto one base model need not read the base model a
-hundredth time. A tensor that was read to the last byte, and is the same object since then, with the
-same memory, the same version (torch counts what writes to a tensor, but not what writes to
-``.data`` or from a kernel of its own, as optimizers do) and the same bytes in some places, is taken
-to be unchanged. What that does not see is a write past torch that leaves all of these places alone.
-Trainable tensors are read each time.
+hundredth time. A tensor that was read to the last byte, and is the same object since then, in the
+same memory, of the same version (torch counts what writes to a tensor, but not what writes to
+``.data`` or from a kernel of its own, as optimizers do) and with the same bytes in `PLACE` of every
+`STRIDE`, is taken to be unchanged, if that holds of all tensors that were read. What that does not
+see is a write past torch to less than `STRIDE` bytes in one piece, if it leaves alone every place
+of every tensor: a merge and its reversal, which leaves a few values rounded, it sees. Trainable
+tensors are read each time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from functools import cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -18,48 +20,54 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from blake3 import blake3
 
+from peftstate.sections import _bitsandbytes
+
 if TYPE_CHECKING:
     import torch
-    from typing_extensions import Buffer
 
     from peftstate.sections._base_tensors import BaseTensor
+    from peftstate.sections._tensors import TensorRecord
 
-PLACES = 4
-"""Places of a tensor that are read, evenly spread from the first byte to the last."""
-BYTES = 512
-"""Bytes that are read at each of them."""
+STRIDE = 64 * 1024
+"""Bytes of a tensor of which `PLACE` bytes are looked at; of a shorter one, all."""
+PLACE = 64
+"""Bytes; what a CPU reads from memory at once."""
 
 
 @attrs.frozen
-class _Seen:
-    """A tensor when it was digested, and the digests that it gave: name, dtype → digest."""
+class _Look:
+    """What a tensor looks like: where it is, its version, and some of its bytes."""
 
     pointer: int
     version: int
     places: bytes
-    digests: dict[tuple[str, str], str] = attrs.field(factory=dict, eq=False)
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Seen:
-        """Look at a tensor."""
-        hasher = blake3()
-        for place in _places(tensor):
-            hasher.update(place)
-        return cls(tensor.data_ptr(), tensor._version, hasher.digest())
+    def of(cls, tensor: torch.Tensor) -> _Look:
+        """Look at a contiguous tensor."""
+        import torch
+
+        raw = tensor.detach().reshape(-1).view(torch.uint8)
+        if raw.numel() > STRIDE:
+            strides = raw.numel() // STRIDE
+            places = raw[: strides * STRIDE].view(strides, STRIDE)[:, :PLACE]
+            raw = torch.cat([places.reshape(-1), raw[-PLACE:]])
+        data = raw.cpu().numpy().data
+        version = -1 if tensor.is_inference() else tensor._version  # those have none
+        return cls(tensor.data_ptr(), version, blake3(data).digest())
 
 
-def _places(tensor: torch.Tensor) -> Iterator[Buffer]:
-    """Some bytes of a contiguous tensor."""
-    import torch
+@attrs.define
+class _Seen:
+    """A tensor that was digested: how it looked just before, and what it gave.
 
-    raw = tensor.detach().reshape(-1).view(torch.uint8)
-    last = max(raw.numel() - BYTES, 0)
-    starts = [last * place // (PLACES - 1) for place in range(PLACES)]
-    if raw.device.type == "cpu":
-        data = raw.numpy().data
-        yield from (data[start : start + BYTES] for start in starts)
-    else:
-        yield torch.cat([raw[start : start + BYTES] for start in starts]).cpu().numpy().data
+    Attributes:
+        looks: It, and the other tensors that its layer's quantized weight is made of.
+        digests: The digests: name and dtype → digest.
+    """
+
+    looks: tuple[_Look, ...]
+    digests: dict[tuple[str, str], str] = attrs.field(factory=dict)
 
 
 _LOCK = Lock()
@@ -73,30 +81,68 @@ def _tensors() -> Any:
     return WeakIdKeyDictionary()
 
 
-def digest_of(name: str, base: BaseTensor, dtype: str) -> str | None:
-    """The digest that a tensor gave, if it is still the same."""
-    tensor = base.owner.tensor
+def forget() -> None:
+    """Forget all that was digested, so that it is read again."""
     with _LOCK:
-        seen: _Seen | None = _tensors().get(tensor)
-    digest = None if seen is None else seen.digests.get((name, dtype))
-    if digest is None or tensor.requires_grad or not _can_tell(base) or _Seen.of(tensor) != seen:
-        return None
-    return digest
+        _tensors().clear()
 
 
-def note(name: str, base: BaseTensor, dtype: str, digest: str) -> None:
-    """Note the digest that a tensor gave just now."""
-    if _can_tell(base):
-        found = _Seen.of(base.owner.tensor)
-        with _LOCK:
-            seen: _Seen | None = _tensors().get(base.owner.tensor)
-            if seen is None or seen != found:
-                _tensors()[base.owner.tensor] = seen = found
-            seen.digests[name, dtype] = digest
+@attrs.frozen
+class Looks:
+    """What the tensors of a base model look like at one moment, before they are read.
+
+    Those that a look does not tell enough of are not among them.
+    """
+
+    _bases: Mapping[str, BaseTensor]
+    _looks: Mapping[int, tuple[_Look, ...]]
+
+    @classmethod
+    def of(cls, bases: Mapping[str, BaseTensor]) -> Looks:
+        """Look at the tensors of a base model."""
+        told = {name: base for name, base in bases.items() if _tells(base)}
+        owners = {id(base.owner.tensor): base.owner for base in told.values()}
+        looks: dict[int, tuple[_Look, ...]] = {}
+        for key, owner in owners.items():
+            parts = (owner.tensor, *_bitsandbytes.scales_of(owner.module, owner.tensor))
+            looks[key] = tuple(map(_Look.of, parts))
+        return cls(told, looks)
+
+    def unchanged(self, saved: Mapping[str, TensorRecord]) -> frozenset[str]:
+        """The names of the tensors that are known to be as they were saved.
+
+        None is, if any that was read looks different: what has changed one may have changed others.
+        """
+        found = set()
+        for name, base in self._bases.items():
+            with _LOCK:
+                seen: _Seen | None = _tensors().get(base.owner.tensor)
+            if seen is None or base.owner.tensor.requires_grad:
+                continue
+            if seen.looks != self._looks[id(base.owner.tensor)]:
+                return frozenset()
+            record = saved.get(name)
+            if record is not None and seen.digests.get((name, record.dtype)) == record.digest:
+                found.add(name)
+        return frozenset(found)
+
+    def note(self, records: Iterable[tuple[str, TensorRecord]]) -> None:
+        """Note the digests that tensors gave after they were looked at."""
+        for name, record in records:
+            base = self._bases.get(name)
+            if base is None or record.digest is None:
+                continue
+            looks = self._looks[id(base.owner.tensor)]
+            with _LOCK:
+                seen: _Seen | None = _tensors().get(base.owner.tensor)
+                if seen is None or seen.looks != looks:
+                    _tensors()[base.owner.tensor] = seen = _Seen(looks)
+                seen.digests[name, record.dtype] = record.digest
 
 
-def _can_tell(base: BaseTensor) -> bool:
-    """Whether a tensor lies in one piece in memory, and nothing is merged into it."""
+def _tells(base: BaseTensor) -> bool:
+    """Whether a look at a tensor tells of it: it is in one piece, and nothing is merged into it."""
     tensor = base.owner.tensor
     is_plain = base.is_readable and tensor.is_contiguous() and tensor.numel() > 0
-    return is_plain and not base.replayed
+    has_version = not tensor.is_inference()
+    return is_plain and has_version and not base.replayed

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from peftstate.sections._seen import Looks
     from peftstate.sections._tensors import TensorRecord
 
 _TOKENIZER = "_peftstate_tokenizer"
@@ -41,6 +42,10 @@ class _Walked:
     def forget(self) -> None:
         """Look again when it is next asked for."""
         vars(self).pop("sites", None)
+        self.forget_tensors()
+
+    def forget_tensors(self) -> None:
+        """Look again for the tensors; the modules are the same."""
         vars(self).pop("tensors", None)
         self.base_tensors.clear()
 
@@ -69,9 +74,10 @@ class ModelView:
         probe: Inputs to predict on, as the model's `forward` takes them.
         keeps_merged: Whether the weights that adapters are merged into are saved themselves.
         saved_shapes: Shapes of the tensors in the files of a load; `None` if there are none.
-        digested_elsewhere: Names of tensors of the base model that another thread compares.
-        trusts_seen: Whether a tensor that was digested before, and does not seem to have changed
-            since, need not be read again.
+        known: Names of tensors of the base model that need not be read: another thread compares
+            them, or they were compared before and look the same.
+        looks: How the base model's tensors looked before they are read, for what they give to be
+            remembered; `None` if it is not to be.
         memo: Records of the base model's tensors that were made already. A view, and those made
             from it, are for one moment: the model must not change meanwhile.
         walked: What was found in the model at one moment; `None` if it may change meanwhile.
@@ -85,8 +91,8 @@ class ModelView:
     probe: Mapping[str, torch.Tensor] | None = None
     keeps_merged: bool = False
     saved_shapes: frozenset[tuple[int, ...]] | None = None
-    digested_elsewhere: frozenset[str] = frozenset()
-    trusts_seen: bool = False
+    known: frozenset[str] = frozenset()
+    looks: Looks | None = attrs.field(default=None, eq=False, repr=False)
     memo: dict[str, TensorRecord] = attrs.field(factory=dict, eq=False, repr=False)
     walked: _Walked | None = attrs.field(default=None, eq=False, repr=False)
 
@@ -130,6 +136,11 @@ class ModelView:
         """Note that other modules or tensors were put into the model."""
         if self.walked is not None:
             self.walked.forget()
+
+    def tensors_changed(self) -> None:
+        """Note that other tensors were put into the model's modules."""
+        if self.walked is not None:
+            self.walked.forget_tensors()
 
     @property
     def base(self) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from peftstate._diff import Json
-from peftstate._modules import shared_modules_of
+from peftstate._modules import layers_of_peft
 from peftstate._warn import warn
 from peftstate.errors import AdapterMismatchError, UnverifiedWarning
 from peftstate.sections import _merges
@@ -107,7 +107,9 @@ def _refuse_unloadable(view: ModelView) -> None:
     """
     from peft.tuners.ln_tuning.layer import LNTuningLayer
 
-    if any(isinstance(layer, LNTuningLayer) and layer.merged for layer in tuner_layers(view.model)):
+    if any(
+        isinstance(layer, LNTuningLayer) and layer.merged for layer in layers_of_peft(view.model)
+    ):
         # peft/tuners/ln_tuning/layer.py::LNTuningLayer.merge exchanges the two layers
         raise ValueError(
             "the adapter is merged, which in LN tuning puts the base model's layers in its place, "
@@ -149,7 +151,7 @@ def _is_merged_in_part(model: nn.Module) -> bool:
     """Whether an adapter is merged into some of the layers that have it, and into others not."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [module for module in shared_modules_of(model) if isinstance(module, BaseTunerLayer)]
+    layers = [module for module in layers_of_peft(model) if isinstance(module, BaseTunerLayer)]
     merged = {name for layer in layers for name in layer.merged_adapters}
     return any(
         set(layer.merged_adapters) != merged & layer._get_available_adapters() for layer in layers
@@ -242,15 +244,6 @@ def _describe(view: ModelView, saved: str, like: AdapterRecord | None) -> Adapte
     )
 
 
-def tuner_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that PEFT put into the base model."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return [module for module in shared_modules_of(model) if isinstance(module, kinds)]
-
-
 def _enabled(model: Any) -> bool:
     """Whether adapters are applied."""
     from peft.tuners.adaption_prompt import AdaptionPromptModel
@@ -260,7 +253,7 @@ def _enabled(model: Any) -> bool:
     tuner = getattr(model, "base_model", None)
     if isinstance(tuner, AdaptionPromptModel):
         return bool(tuner._enabled)
-    return not any(getattr(layer, "disable_adapters", False) for layer in tuner_layers(model))
+    return not any(getattr(layer, "disable_adapters", False) for layer in layers_of_peft(model))
 
 
 def _scaling(view: ModelView, adapter: str) -> Table[float]:

@@ -17,7 +17,7 @@ from peftstate._diff import Json
 from peftstate._progress import progress
 from peftstate._warn import warn
 from peftstate.errors import BaseModelMismatchError, StateMismatchWarning
-from peftstate.sections import _origin, _seen
+from peftstate.sections import _origin
 from peftstate.sections._base import Section
 from peftstate.sections._base_tensors import (
     SCALES,
@@ -169,7 +169,7 @@ def _capture_again(
         if name in record.tensors or SCALES not in name
     }
     unreadable = _unreadable(tensors, record, skipped)
-    skipped |= view.digested_elsewhere
+    skipped |= view.known
     in_full = record.fingerprint == "full"
 
     def describe(name: str) -> TensorRecord:
@@ -181,21 +181,18 @@ def _capture_again(
         if saved is None or saved.digest is None:
             dtype = None if saved is None else saved.dtype
             return tensor_record(tensors[name].tensor, dtype, read=False)
-        if view.trusts_seen and _seen.digest_of(name, tensors[name], saved.dtype) == saved.digest:
-            return saved  # the digest covers dtype and shape, too
-        described = tensor_record(tensors[name].tensor, saved.dtype, sampled=not in_full)
-        if in_full and described.digest is not None:
-            _seen.note(name, tensors[name], saved.dtype, described.digest)
-        return described
+        return tensor_record(tensors[name].tensor, saved.dtype, sampled=not in_full)
 
     with progress("Comparing the base model", len(tensors), "tensors") as reach:
-        unread = view.trusts_seen or skipped >= tensors.keys()
-        nbytes = 0 if unread else WORTH_A_THREAD
+        nbytes = 0 if skipped >= tensors.keys() else WORTH_A_THREAD
         found_records = in_threads(tensors, describe, reach, nbytes=nbytes)
+    described = dict(zip(tensors, found_records, strict=True))
+    if view.looks is not None and in_full:
+        view.looks.note((name, record) for name, record in described.items() if name not in skipped)
     found = _describe(
         view,
         fingerprint=record.fingerprint,
-        tensors=dict(zip(tensors, found_records, strict=True)),
+        tensors=described,
         changed=record.changed,
         shadowed=record.shadowed,
     )

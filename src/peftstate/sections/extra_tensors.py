@@ -278,6 +278,7 @@ def _make_trainable_form(view: ModelView, adapter: str, names: Collection[str]) 
     is_trainable = any(tensor.requires_grad for tensor in before.parameters())
     model._setup_prompt_encoder(adapter)
     model.prompt_encoder[adapter].train(before.training).requires_grad_(is_trainable)
+    view.changed()
 
 
 SECTION = Section(
