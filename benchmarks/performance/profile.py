@@ -45,7 +45,7 @@ LOAD: Steps = {
     "compare the base model": (
         "_base_check:check_base",
         "_base_check:_looked_at",
-        "_base_check:Ahead.of",
+        "_base_check:Ahead.begun",
         "_loading:check_base_if_changed",
     ),
     "inject": ("_injectors:Injector.put_in", "_models:wrap", "_models:add"),

@@ -6,6 +6,7 @@ A tensor that was compared before in this process is read again only if it looks
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ import attrs
 
 from peftstate._steps import Plan, check_base
 from peftstate.errors import RestoreError, StateMismatchError
-from peftstate.sections._ahead import Ahead
+from peftstate.sections._ahead import Ahead, large_tensors
 from peftstate.sections._base_tensors import base_tensors
 from peftstate.sections._seen import Looks
 
@@ -77,9 +78,11 @@ def base_checked_meanwhile(
     looked_at = _looked_at(view.once(), manifest)
     passed_over = {*record.changed, *record.shadowed, *looked_at.known}
     fixed = {name: tensor for name, tensor in record.tensors.items() if name not in passed_over}
-    ahead = Ahead.of(looked_at, fixed)
+    large = large_tensors(looked_at, fixed)
+    _check_rest(looked_at, manifest, plan, large.keys())
+    # not before: small operations of torch would wait for a core again and again
+    ahead = Ahead.begun(looked_at, large)
     try:
-        _check_rest(looked_at, manifest, plan, ahead)
         failure: Exception | None = None
         try:
             yield partial(_end, ahead)
@@ -93,9 +96,9 @@ def base_checked_meanwhile(
         ahead.end()
 
 
-def _check_rest(view: ModelView, manifest: Manifest, plan: Plan, ahead: Ahead) -> None:
+def _check_rest(view: ModelView, manifest: Manifest, plan: Plan, large: AbstractSet[str]) -> None:
     """Compare what is not compared meanwhile; if it differs, all of it, to name all differences."""
-    rest = attrs.evolve(view, known=view.known | ahead.saved.keys())
+    rest = attrs.evolve(view, known=view.known | large)
     try:
         check_base(rest, manifest, plan)
     except StateMismatchError:

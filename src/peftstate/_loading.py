@@ -167,10 +167,11 @@ def load_adapter(
 
     def steps() -> Any:
         result = loaded() if add is None else add(model, source.adapters[own].peft_config(), name)
-        set_tensors(view, source.adapters, manifest, plan)
-        expected = _as_live(manifest, view)
-        dtype.restore_adapters(expected.sections["dtype"], view)
-        adapters.restore_scaling(expected.sections["adapters"], view)
+        walked = view.now()
+        set_tensors(walked, source.adapters, manifest, plan)
+        expected = _as_live(manifest, walked)
+        dtype.restore_adapters(expected.sections["dtype"], walked)
+        adapters.restore_scaling(expected.sections["adapters"], walked)
         report = compare_restored(view, expected, plan)
         tell("loaded", source.folder.path, manifest, since=began, sections=report.sections)
         return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +33,7 @@ class BaseTensor:
         shadowed: Whether a trained copy stands in for it.
         replayed: Whether a load brings it about again: an adapter is merged into it, or running a
             4-bit layer, or asking for its state dict, may have rounded its scales.
+        computed: Whether operations of torch make it of others: the scales of a quantized weight.
     """
 
     make: Callable[[], torch.Tensor]
@@ -40,6 +41,7 @@ class BaseTensor:
     site: TensorSite | None
     shadowed: bool
     replayed: bool
+    computed: bool = False
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -115,7 +117,14 @@ def _parametrized(view: ModelView) -> Iterator[tuple[str, BaseTensor]]:
             )
             yield (
                 f"{name}{SCALES}.{key}",
-                BaseTensor(make=make, owner=owner, site=None, shadowed=False, replayed=False),
+                BaseTensor(
+                    make=make,
+                    owner=owner,
+                    site=None,
+                    shadowed=False,
+                    replayed=False,
+                    computed=True,
+                ),
             )
 
 
@@ -137,6 +146,7 @@ def _canonical(
                 site=None,
                 shadowed=site.shadowed,
                 replayed=site.merged or (rounded and key.endswith("absmax")),
+                computed=key != site.leaf,
             ),
         )
 
@@ -166,8 +176,34 @@ def records(view: ModelView, tensors: Mapping[str, BaseTensor]) -> dict[str, Ten
         return tensor_record(base.tensor, sampled=sampled, read=read)
 
     with progress("Digesting the base model", len(missing), "tensors") as reach:
-        view.memo.update(zip(missing, in_threads(missing, describe, reach), strict=True))
+        wanted = {name: tensors[name] for name in missing}
+        view.memo.update(described_in_threads(wanted, describe, reach))
     return {name: view.memo[name] for name in tensors}
+
+
+def described_in_threads(
+    tensors: Mapping[str, BaseTensor],
+    describe: Callable[[str], TensorRecord],
+    reach: Callable[[int], object],
+    *,
+    unread: Collection[str] = (),
+) -> dict[str, TensorRecord]:
+    """Describe tensors, several at a time but for those that take operations of torch.
+
+    Its threads and several of ours would wait for each other.
+
+    Args:
+        tensors: The tensors by name.
+        describe: Describes one of a name.
+        reach: Told how many are done.
+        unread: The names of those that `describe` does not read.
+    """
+    found = {name: describe(name) for name, base in tensors.items() if base.computed}
+    rest = [name for name in tensors if name not in found]
+    nbytes = sum(tensors[name].owner.tensor.nbytes for name in rest if name not in unread)
+    done = in_threads(rest, describe, lambda number: reach(len(found) + number), nbytes=nbytes)
+    found |= zip(rest, done, strict=True)
+    return {name: found[name] for name in tensors}
 
 
 def embedding_weight(base: Any, side: Literal["input", "output"]) -> torch.Tensor | None:

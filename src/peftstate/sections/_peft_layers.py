@@ -99,11 +99,11 @@ def plain_tensors(module: nn.Module, adapter: str) -> Iterator[tuple[str, torch.
     So do the tuners that train a few entries of a matrix, with the indices of these, drawn from a
     seed (`peft/tuners/fourierft/layer.py::FourierFTLayer.indices`).
     """
-    from torch import Tensor
-
     cls: type = type(module)
     if not is_layer_of_peft(cls):
         return
+    from torch import Tensor
+
     for leaf, value in vars(module).items():
         if leaf in ("_parameters", "_buffers"):
             continue

@@ -12,7 +12,7 @@ tensors are read each time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -36,25 +36,35 @@ PLACE = 64
 
 @attrs.frozen
 class _Look:
-    """What a tensor looks like: where it is, its version, and some of its bytes."""
+    """What some tensors look like: where they are, their versions, and some of their bytes."""
 
-    pointer: int
-    version: int
+    pointers: tuple[int, ...]
+    versions: tuple[int, ...]
     places: bytes
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Look:
-        """Look at a contiguous tensor."""
-        import torch
+    def of(cls, tensors: Sequence[torch.Tensor]) -> _Look:
+        """Look at contiguous tensors."""
+        hasher = blake3()
+        for tensor in tensors:
+            hasher.update(_places(tensor).cpu().numpy().data)
+        return cls(
+            tuple(tensor.data_ptr() for tensor in tensors),
+            tuple(-1 if each.is_inference() else each._version for each in tensors),
+            hasher.digest(),
+        )
 
-        raw = tensor.detach().reshape(-1).view(torch.uint8)
-        if raw.numel() > STRIDE:
-            strides = raw.numel() // STRIDE
-            places = raw[: strides * STRIDE].view(strides, STRIDE)[:, :PLACE]
-            raw = torch.cat([places.reshape(-1), raw[-PLACE:]])
-        data = raw.cpu().numpy().data
-        version = -1 if tensor.is_inference() else tensor._version  # those have none
-        return cls(tensor.data_ptr(), version, blake3(data).digest())
+
+def _places(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor that are looked at."""
+    import torch
+
+    raw = tensor.detach().reshape(-1).view(torch.uint8)
+    if raw.numel() <= STRIDE:
+        return raw
+    strides = raw.numel() // STRIDE
+    places = raw[: strides * STRIDE].view(strides, STRIDE)[:, :PLACE]
+    return torch.cat([places.reshape(-1), raw[-PLACE:]])
 
 
 @attrs.define
@@ -62,11 +72,11 @@ class _Seen:
     """A tensor that was digested: how it looked just before, and what it gave.
 
     Attributes:
-        looks: It, and the other tensors that its layer's quantized weight is made of.
+        look: Of it, and of the other tensors that its layer's quantized weight is made of.
         digests: The digests: name and dtype → digest.
     """
 
-    looks: tuple[_Look, ...]
+    look: _Look
     digests: dict[tuple[str, str], str] = attrs.field(factory=dict)
 
 
@@ -95,17 +105,17 @@ class Looks:
     """
 
     _bases: Mapping[str, BaseTensor]
-    _looks: Mapping[int, tuple[_Look, ...]]
+    _looks: Mapping[int, _Look]
 
     @classmethod
     def of(cls, bases: Mapping[str, BaseTensor]) -> Looks:
         """Look at the tensors of a base model."""
         told = {name: base for name, base in bases.items() if _tells(base)}
         owners = {id(base.owner.tensor): base.owner for base in told.values()}
-        looks: dict[int, tuple[_Look, ...]] = {}
-        for key, owner in owners.items():
-            parts = (owner.tensor, *_bitsandbytes.scales_of(owner.module, owner.tensor))
-            looks[key] = tuple(map(_Look.of, parts))
+        looks = {
+            key: _Look.of([owner.tensor, *_bitsandbytes.scales_of(owner.module, owner.tensor)])
+            for key, owner in owners.items()
+        }
         return cls(told, looks)
 
     def unchanged(self, saved: Mapping[str, TensorRecord]) -> frozenset[str]:
@@ -119,7 +129,7 @@ class Looks:
                 seen: _Seen | None = _tensors().get(base.owner.tensor)
             if seen is None or base.owner.tensor.requires_grad:
                 continue
-            if seen.looks != self._looks[id(base.owner.tensor)]:
+            if seen.look != self._looks[id(base.owner.tensor)]:
                 return frozenset()
             record = saved.get(name)
             if record is not None and seen.digests.get((name, record.dtype)) == record.digest:
@@ -132,11 +142,11 @@ class Looks:
             base = self._bases.get(name)
             if base is None or record.digest is None:
                 continue
-            looks = self._looks[id(base.owner.tensor)]
+            look = self._looks[id(base.owner.tensor)]
             with _LOCK:
                 seen: _Seen | None = _tensors().get(base.owner.tensor)
-                if seen is None or seen.looks != looks:
-                    _tensors()[base.owner.tensor] = seen = _Seen(looks)
+                if seen is None or seen.look != look:
+                    _tensors()[base.owner.tensor] = seen = _Seen(look)
                 seen.digests[name, record.dtype] = record.digest
 
 

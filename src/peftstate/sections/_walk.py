@@ -12,6 +12,7 @@ adapter must be found again under another name. So everything belongs to one *pa
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import attrs
@@ -184,11 +185,18 @@ class _Over:
 
     def and_by(self, layer: nn.Module) -> _Over:
         """The same with one more layer around it."""
-        from peft.utils.other import ModulesToSaveWrapper
-
-        copied = isinstance(layer, ModulesToSaveWrapper)
+        cls: type = type(layer)
+        copied = _holds_copies(cls)
         merged = not copied and bool(getattr(layer, "merged_adapters", ()))
         return _Over(self.shadowed or copied, self.merged or merged, adapted=True)
+
+
+@cache
+def _holds_copies(cls: type) -> bool:
+    """Whether the layers of a class hold trained copies of the module that they are around."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return issubclass(cls, ModulesToSaveWrapper)
 
 
 _NOTHING = _Over(shadowed=False, merged=False, adapted=False)
@@ -245,10 +253,12 @@ class _Walk:
 
     def _numbers_of(self, module: nn.Module) -> dict[str, str]:
         """Of a list of replicated layers, the number that each has in the bare model."""
+        numbers = self._replicated
+        if numbers is None:
+            return {}
         from torch import nn
 
-        numbers = self._replicated
-        if numbers is None or not isinstance(module, nn.ModuleList) or len(module) != len(numbers):
+        if not isinstance(module, nn.ModuleList) or len(module) != len(numbers):
             return {}
         self._replicated = None  # there is one such list
         return {str(new): str(old) for new, old in enumerate(numbers)}

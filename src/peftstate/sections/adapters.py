@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftstate.sections._view import ModelView
+    from peftstate.sections._walk import Site
 
 
 @attrs.frozen(kw_only=True)
@@ -260,10 +261,16 @@ def _scaling(view: ModelView, adapter: str) -> Table[float]:
     """The run-time scaling of each layer."""
     values = {}
     for site in view.sites():
-        scaling = getattr(site.module, "scaling", None)
-        if site.adapter == adapter and isinstance(scaling, Mapping) and adapter in scaling:
+        scaling = _scaling_in(site) if site.adapter == adapter else {}
+        if adapter in scaling:
             values[site.name] = float(scaling[adapter])
     return Table.of(values)
+
+
+def _scaling_in(site: Site) -> dict[str, float]:
+    """The factors that a layer applies, by the adapters' names; those of other modules are none."""
+    scaling = getattr(site.module, "scaling", None)
+    return scaling if isinstance(scaling, dict) else {}
 
 
 def restore(record: AdaptersRecord, view: ModelView) -> None:
@@ -285,11 +292,15 @@ def restore(record: AdaptersRecord, view: ModelView) -> None:
 
 def restore_scaling(record: AdaptersRecord, view: ModelView) -> None:
     """Set the factor that each layer applies."""
+    factors = {
+        view.adapters[saved]: adapter.scaling
+        for saved, adapter in record.adapters.items()
+        if saved in view.adapters
+    }
     for site in view.sites():
-        saved = record.adapters.get(view.saved_name(site.adapter or "") or "")
-        scaling = getattr(site.module, "scaling", None)
-        if saved is not None and isinstance(scaling, dict) and site.adapter in scaling:
-            value = saved.scaling[site.name]
+        scaling = _scaling_in(site) if site.adapter in factors else {}
+        if site.adapter in scaling:
+            value = factors[site.adapter][site.name]
             if value is not None and value != scaling[site.adapter]:
                 scaling[site.adapter] = value
 

@@ -23,6 +23,7 @@ from peftstate.sections._base_tensors import (
     SCALES,
     BaseTensor,
     base_tensors,
+    described_in_threads,
     embedding_weight,
     records,
 )
@@ -30,12 +31,7 @@ from peftstate.sections._hub_cache import cached_checkpoint
 from peftstate.sections._model_config import RESTORED_CONFIG, config_fields, restore_config
 from peftstate.sections._peft_layers import replicated_layers
 from peftstate.sections._remote_code import remote_code
-from peftstate.sections._tensors import (
-    WORTH_A_THREAD,
-    TensorRecord,
-    in_threads,
-    tensor_record,
-)
+from peftstate.sections._tensors import TensorRecord, tensor_record
 from peftstate.sections._walk import is_peft_model
 
 if TYPE_CHECKING:
@@ -184,9 +180,7 @@ def _capture_again(
         return tensor_record(tensors[name].tensor, saved.dtype, sampled=not in_full)
 
     with progress("Comparing the base model", len(tensors), "tensors") as reach:
-        nbytes = 0 if skipped >= tensors.keys() else WORTH_A_THREAD
-        found_records = in_threads(tensors, describe, reach, nbytes=nbytes)
-    described = dict(zip(tensors, found_records, strict=True))
+        described = described_in_threads(tensors, describe, reach, unread=skipped)
     if view.looks is not None and in_full:
         view.looks.note((name, record) for name, record in described.items() if name not in skipped)
     found = _describe(
