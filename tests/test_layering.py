@@ -52,6 +52,7 @@ MAY_BE_HEAVY = {
     "_source",
     "_tokenizer_files",
     "_weights",
+    "_written",
     "cli",
     "integrations",
     "sections",

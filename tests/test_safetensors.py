@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from io import BufferedReader
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftstate._safetensors import DTYPES, MAX_HEADER, MAX_TENSORS, stored
-from peftstate.sections._tensors import dtype_named
+from peftstate import _safetensors
+from peftstate._safetensors import DTYPES, MAX_HEADER, MAX_TENSORS, stored, stored_digests
+from peftstate.sections._tensors import digest, dtype_named
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
 FILE = safetensors.torch.save(TENSORS, {"format": "pt"})
@@ -151,12 +157,12 @@ def of_fours(first: Any, second: Any) -> bytes:
         (headed({"a": entry(shape=[True])}), "'a' has [True] for numbers"),
         (headed({"a": entry(shape=[1] * 65)}), "'a' has more than 64 dimensions"),
         (headed({"a": entry(offsets=[0])}), "'a' does not begin and end at a byte"),
-        (headed({"a": entry()}), "'a' of shape (1,) has bytes 0 to 1"),
+        (headed({"a": entry()}), "0 bytes of tensors, of which 1 are described"),
         (headed({"a": entry(shape=[3])}, b"1"), "'a' of shape (3,) has bytes 0 to 1"),
         (headed({"a": entry(offsets=[1, 0])}, b"1"), "'a' of shape (1,) has bytes 1 to 0"),
         (of_fours([0, 4], [3, 7]) + bytes(8), "'b' begins at byte 3, where none ends"),
         (of_fours([0, 4], [5, 9]) + bytes(9), "'b' begins at byte 5, where none ends"),
-        (of_fours([4, 8], [0, 4]) + bytes(9), "1 bytes that belong to no tensor"),
+        (of_fours([4, 8], [0, 4]) + bytes(9), "9 bytes of tensors, of which 8 are described"),
         (headed({"a" * 200: 1}), f"'{'a' * 79}… is not described by dtype, shape and data_offsets"),
     ],
 )
@@ -165,3 +171,39 @@ def test_refusals(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole text is compared
         stored(data)
     assert str(caught.value) == reason
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Iterator[Callable[[bytes], BufferedReader]]:
+    """Opens a file of some content."""
+    with ExitStack() as stack:
+
+        def opened(data: bytes) -> BufferedReader:
+            (tmp_path / "file").write_bytes(data)
+            return stack.enter_context((tmp_path / "file").open("rb"))
+
+        yield opened
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 2**24])
+def test_digests_of_a_file(
+    written: Callable[[bytes], BufferedReader], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are those of the tensors, in however many pieces the file is read."""
+    monkeypatch.setattr(_safetensors, "_AT_ONCE", at_once)
+    tensors = {**TENSORS, "empty": torch.ones(0, 3), "scalar": torch.tensor(1.0)}
+    found = stored_digests(written(safetensors.torch.save(tensors)))
+    assert {name: rest for name, *rest in found} == {
+        name: [str(t.dtype).removeprefix("torch."), tuple(t.shape), digest(t)]
+        for name, t in tensors.items()
+    }
+
+
+def test_a_file_that_ends_while_it_is_read(
+    written: Callable[[bytes], BufferedReader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives no digest of what is not there."""
+    file = written(FILE[:-1])
+    monkeypatch.setattr(os, "fstat", lambda _: os.stat_result([*[0] * 6, len(FILE), *[0] * 3]))
+    with pytest.raises(ValueError, match="the file ends early"):
+        list(stored_digests(file))

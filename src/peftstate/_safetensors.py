@@ -9,14 +9,18 @@ is what that library refuses (`safetensors/src/tensor.rs::SafeTensors::read_meta
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from peftstate._codec import loads
+from peftstate._digest import pieces_digest
 
 if TYPE_CHECKING:
+    from io import BufferedReader
+
     from typing_extensions import Buffer
 
 MAX_HEADER = 32 * 1024 * 1024
@@ -26,6 +30,8 @@ MAX_TENSORS = 2**17
 """Tensors in a file; LoRA on every expert of the largest mixtures has 90,000."""
 MAX_DIMENSIONS = 64
 """Dimensions of a tensor, as many as torch has."""
+_AT_ONCE = 16 * 1024 * 1024
+"""Bytes of an open file that are read at a time."""
 _SHOWN = 80
 """Characters of a value that a message shows."""
 _LENGTH = 8
@@ -70,6 +76,16 @@ class Stored:
     data: memoryview
 
 
+@attrs.frozen
+class _Place:
+    """What a header says of a tensor; where it begins and ends, in bytes behind the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
 def stored(data: Buffer) -> dict[str, Stored]:
     """The tensors of a file, in the order of their bytes.
 
@@ -80,21 +96,63 @@ def stored(data: Buffer) -> dict[str, Stored]:
         ValueError: It is no such file, or its header is too large.
     """
     content = memoryview(data).cast("B")
-    body = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
+    body = _body(bytes(content[:_LENGTH]), len(content))
+    places = _places(bytes(content[_LENGTH:body]), len(content) - body)
+    return {
+        name: Stored(place.dtype, place.shape, content[body + place.begin : body + place.end])
+        for name, place in places.items()
+    }
+
+
+def stored_digests(file: BufferedReader) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
+    """The tensors of a file that is open: name, dtype, shape and digest of each.
+
+    No more of it than `_AT_ONCE` bytes is in memory at a time.
+
+    Raises:
+        ValueError: It is no such file, or its header is too large.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = file.read(_LENGTH)
+    body = _body(length, size)
+    places = _places(file.read(body - _LENGTH), size - body)
+    memory = memoryview(bytearray(min(_AT_ONCE, size - body)))
+    for name, place in places.items():
+        pieces = _pieces(file, place.end - place.begin, memory)
+        yield name, place.dtype, place.shape, pieces_digest(place.dtype, place.shape, pieces)
+
+
+def _pieces(file: BufferedReader, size: int, memory: memoryview) -> Iterator[memoryview]:
+    """The next bytes of a file, in memory that the next piece takes."""
+    for start in range(0, size, len(memory) or 1):
+        piece = memory[: size - start]
+        if file.readinto(piece) != len(piece):
+            raise ValueError("the file ends early")
+        yield piece
+
+
+def _body(length: bytes, size: int) -> int:
+    """Where the tensors of a file begin, by its first bytes and its size."""
+    body = _LENGTH + int.from_bytes(length, "little")
     if body > MAX_HEADER:
         raise ValueError(f"a header of {body - _LENGTH} bytes; it may have {MAX_HEADER}")
-    if body > len(content) or body <= _LENGTH:
-        raise ValueError(f"a header of {body - _LENGTH} bytes in a file of {len(content)}")
-    found: dict[str, Stored] = {}
-    reached = body
-    for name, entry in _entries(bytes(content[_LENGTH:body])):
-        tensor, begin, end = _tensor(name, entry, content[body:])
-        if body + begin != reached:
-            raise ValueError(f"{_shown(name)} begins at byte {begin}, where none ends")
-        found[name] = tensor
-        reached = body + end
-    if reached != len(content):
-        raise ValueError(f"{len(content) - reached} bytes that belong to no tensor")
+    if body > size or body <= _LENGTH:
+        raise ValueError(f"a header of {body - _LENGTH} bytes in a file of {size}")
+    return body
+
+
+def _places(header: bytes, size: int) -> dict[str, _Place]:
+    """The tensors that a header describes, in the order of their bytes, which are all there are."""
+    found: dict[str, _Place] = {}
+    reached = 0
+    for name, entry in _entries(header):
+        place = _place(name, entry)
+        if place.begin != reached:
+            raise ValueError(f"{_shown(name)} begins at byte {place.begin}, where none ends")
+        found[name] = place
+        reached = place.end
+    if reached != size:
+        raise ValueError(f"{size} bytes of tensors, of which {reached} are described")
     return found
 
 
@@ -133,14 +191,14 @@ def _naturals(name: str, value: Any) -> list[int]:
     return value
 
 
-def _tensor(name: str, entry: dict[str, Any], body: memoryview) -> tuple[Stored, int, int]:
-    """A tensor, and where its bytes begin and end."""
+def _place(name: str, entry: dict[str, Any]) -> _Place:
+    """A tensor that a header describes."""
     dtype, size = DTYPES[entry["dtype"]]
     begin, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
-    if end > len(body) or end - begin != size * math.prod(shape):
+    if end - begin != size * math.prod(shape):
         raise ValueError(f"{_shown(name)} of shape {_shown(shape)} has bytes {begin} to {end}")
-    return Stored(dtype, shape, body[begin:end]), begin, end
+    return _Place(dtype, shape, begin, end)
 
 
 def _shown(value: Any) -> str:

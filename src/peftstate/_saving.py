@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,14 +36,13 @@ from peftstate._storage import (
     write_file,
 )
 from peftstate._warn import warn
-from peftstate._weights import parse_weights
+from peftstate._written import describe_written
 from peftstate.errors import PeftStateError, SaveError, UnfinishedSaveWarning
 from peftstate.manifest import FileRecord, Manifest
 from peftstate.sections import SECTIONS, _origin, adapters, records_for_adapters
-from peftstate.sections._adapter_config import canonical_fields
 from peftstate.sections._adapter_tensors import adapter_tensors, at_rest, live_tensors
 from peftstate.sections._process import this_process
-from peftstate.sections._tensors import sidecar_tensors, tensor_records
+from peftstate.sections._tensors import sidecar_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -228,77 +225,11 @@ def write_state(
     return manifest
 
 
-def describe_written(
-    record: adapters.AdapterRecord, folder: Path
-) -> tuple[adapters.AdapterRecord, dict[str, FileRecord]]:
-    """An adapter's record, by what PEFT wrote: it may convert both tensors and config."""
-    weights = next(name for name in WEIGHTS_NAMES if (folder / name).exists())
-    file, tensors = _read_back(folder / weights)
-    _refuse_unloadable(tensors, record.tensors)
-    config = json.loads((folder / ADAPTER_CONFIG_NAME).read_bytes())
-    described = attrs.evolve(
-        record,
-        config=canonical_fields(config),
-        tensors=tensor_records(tensors),
-        embeddings_saved=bool(tensors.keys() - record.tensors.keys()),
-    )
-    return described, {weights: file}
-
-
-def _read_back(path: Path) -> tuple[FileRecord, dict[str, torch.Tensor]]:
-    """What was written into a file of weights, mapped into memory rather than read."""
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-        record = FileRecord(size=len(data), sha256=file_digest(data))
-        if path.suffix != ".safetensors":
-            return record, parse_weights(path.name, bytes(data))
-    return record, safetensors.torch.load_file(path)
-
-
-def _refuse_unloadable(tensors: Mapping[str, torch.Tensor], live: Collection[str]) -> None:
-    """Refuse what PEFT writes without a word and can never load again.
-
-    Args:
-        tensors: What PEFT wrote.
-        live: The names of the tensors that the adapter in the model has.
-
-    Raises:
-        ValueError: The text says what to do.
-    """
-    for name in sorted(set(live) - tensors.keys()):
-        raise ValueError(
-            f"the adapter's tensor {name!r} is not in the state_dict= that was passed; its names "
-            "must be those of the model itself, without what torch.compile or FSDP put before them"
-        )
-    for name, tensor in tensors.items():
-        for mark, remedy in _WRAPPED.items():
-            if mark in name:
-                raise ValueError(
-                    f"the adapter's tensor {name!r} bears the name of a wrapper; {remedy}"
-                )
-        if tensor.shape == (0,):  # AdaLoRA has empty matrices where it cut all ranks
-            raise ValueError(
-                f"the adapter's tensor {name!r} is empty: DeepSpeed ZeRO-3 keeps it in pieces; "
-                "save within deepspeed.zero.GatheredParameters, or pass the gathered state_dict="
-            )
-        if tensor.ndim == 1 and name.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise ValueError(
-                f"the adapter's tensor {name!r} is flat: it is a shard of FSDP's; pass the full "
-                "state_dict= that FSDP gathers"
-            )
-
-
-_WRAPPED = {
-    "_orig_mod.": "save the model that was handed to torch.compile",
-    "_fsdp_wrapped_module.": "pass the full state_dict= that FSDP gathers",
-    "base_model.model.base_model.model.": "the model was wrapped by get_peft_model twice; "
-    "merge or unload the inner adapter first",
-}
-"""Parts of names that PEFT's load does not find again, and what to do about each."""
-
-
 def _saved_embeddings(written: Mapping[str, adapters.AdapterRecord], view: ModelView) -> set[str]:
     """The names of the base model's tensors that PEFT wrote into an adapter's file."""
     saved_too = {id(tensor) for tensor in _embeddings(written, view)}
+    if not saved_too:
+        return set()
     return {
         site.name for site in view.tensors() if site.part == "base" and id(site.tensor) in saved_too
     }

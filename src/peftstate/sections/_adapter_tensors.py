@@ -43,6 +43,18 @@ def adapter_tensors(
         embeddings: Whether PEFT's file has the embedding layers of the base model too.
         names: The names in the file; by default those that PEFT would write now.
     """
+    if view.walked is None or embeddings or names is not None:
+        return _tell_apart(view, saved, embeddings=embeddings, names=names)
+    if saved not in view.walked.adapter_tensors:
+        view.walked.adapter_tensors[saved] = _tell_apart(view, saved, embeddings=False, names=None)
+    found: AdapterTensors = view.walked.adapter_tensors[saved]
+    return found
+
+
+def _tell_apart(
+    view: ModelView, saved: str, *, embeddings: bool, names: Collection[str] | None
+) -> AdapterTensors:
+    """What `adapter_tensors` gives."""
     adapter = view.adapters[saved]
     sites = [site for site in view.tensors() if site.adapter == adapter]
     by_name = {site.name: site for site in sites}

@@ -51,12 +51,13 @@ class Ahead:
         """
         pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="peftstate-digest")
         found = base_tensors(view)
-        # detached, for the parameter may be given other data
-        jobs = {
-            name: pool.submit(digest, found[name].tensor.detach(), record.dtype)
-            for name, record in saved.items()
-        }
-        return cls(saved, view.looks, jobs, pool)
+        jobs: dict[tuple[int, str], Future[str]] = {}  # of tied tensors, one
+        for name, record in saved.items():
+            key = _job(found[name], record)
+            if key not in jobs:  # detached, for the parameter may be given other data
+                jobs[key] = pool.submit(digest, found[name].tensor.detach(), record.dtype)
+        by_name = {name: jobs[_job(found[name], record)] for name, record in saved.items()}
+        return cls(saved, view.looks, by_name, pool)
 
     def agrees(self) -> bool:
         """Wait, and say whether all the tensors are as they were saved."""
@@ -72,6 +73,11 @@ class Ahead:
     def end(self) -> None:
         """Begin with no other tensor, and wait for the rest."""
         self._pool.shutdown(cancel_futures=True)
+
+
+def _job(base: BaseTensor, record: TensorRecord) -> tuple[int, str]:
+    """What decides the digest of a tensor."""
+    return id(base.owner.tensor), record.dtype
 
 
 def large_tensors(view: ModelView, saved: Mapping[str, TensorRecord]) -> Mapping[str, TensorRecord]:

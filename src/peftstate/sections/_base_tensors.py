@@ -167,23 +167,41 @@ def _itself(tensor: torch.Tensor) -> torch.Tensor:
 
 def records(view: ModelView, tensors: Mapping[str, BaseTensor]) -> dict[str, TensorRecord]:
     """Describe tensors as they are, each once for all who look at the model through a view."""
-    missing = [name for name, base in tensors.items() if name not in view.memo]
+    missing = {name: base for name, base in tensors.items() if name not in view.memo}
     sampled = view.fingerprint == "sampled"
 
-    def describe(name: str) -> TensorRecord:
+    def describe(name: str, digests: Digests) -> TensorRecord:
         base = tensors[name]
-        read = view.fingerprint != "off" and not base.shadowed
-        return tensor_record(base.tensor, sampled=sampled, read=read)
+        if view.fingerprint == "off" or base.shadowed:
+            return tensor_record(base.tensor, read=False)
+        return digests.record(base, sampled=sampled)
 
     with progress("Digesting the base model", len(missing), "tensors") as reach:
-        wanted = {name: tensors[name] for name in missing}
-        view.memo.update(described_in_threads(wanted, describe, reach))
+        view.memo.update(described_in_threads(missing, describe, reach))
     return {name: view.memo[name] for name in tensors}
+
+
+@attrs.frozen
+class Digests:
+    """What tensors gave that were read already, for tied ones are there under several names."""
+
+    _found: dict[tuple[int, str | None, bool], TensorRecord] = attrs.field(factory=dict)
+
+    def record(
+        self, base: BaseTensor, dtype: str | None = None, *, sampled: bool = False
+    ) -> TensorRecord:
+        """Describe a tensor as `tensor_record` does."""
+        if base.site is None:  # made for this, and gone afterwards
+            return tensor_record(base.tensor, dtype, sampled=sampled)
+        key = (id(base.site.tensor), dtype, sampled)
+        if key not in self._found:
+            self._found[key] = tensor_record(base.site.tensor, dtype, sampled=sampled)
+        return self._found[key]
 
 
 def described_in_threads(
     tensors: Mapping[str, BaseTensor],
-    describe: Callable[[str], TensorRecord],
+    describe: Callable[[str, Digests], TensorRecord],
     reach: Callable[[int], object],
     *,
     unread: Collection[str] = (),
@@ -194,16 +212,28 @@ def described_in_threads(
 
     Args:
         tensors: The tensors by name.
-        describe: Describes one of a name.
+        describe: Describes one of a name, by digests that may be there already.
         reach: Told how many are done.
         unread: The names of those that `describe` does not read.
     """
-    found = {name: describe(name) for name, base in tensors.items() if base.computed}
-    rest = [name for name in tensors if name not in found]
-    nbytes = sum(tensors[name].owner.tensor.nbytes for name in rest if name not in unread)
-    done = in_threads(rest, describe, lambda number: reach(len(found) + number), nbytes=nbytes)
-    found |= zip(rest, done, strict=True)
-    return {name: found[name] for name in tensors}
+    digests = Digests()
+    found = {name: describe(name, digests) for name, base in tensors.items() if base.computed}
+    rest = {name: base for name, base in tensors.items() if name not in found}
+    tied = {id(base.owner.tensor): name for name, base in rest.items() if base.site is not None}
+    alone = [name for name, base in rest.items() if base.site is None]
+    wanted = [*alone, *tied.values()]
+    sizes = {name: rest[name].owner.tensor.nbytes for name in wanted}
+    wanted.sort(key=sizes.__getitem__, reverse=True)  # for no thread to be left with a large one
+    done = in_threads(
+        wanted,
+        lambda name: describe(name, digests),
+        lambda number: reach(len(found) + number),
+        nbytes=sum(size for name, size in sizes.items() if name not in unread),
+    )
+    described = found | dict(zip(wanted, done, strict=True))
+    return {
+        name: described[name] if name in described else describe(name, digests) for name in tensors
+    }
 
 
 def embedding_weight(base: Any, side: Literal["input", "output"]) -> torch.Tensor | None:

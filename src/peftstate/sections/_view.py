@@ -32,12 +32,14 @@ class _Walked:
 
     Attributes:
         base_tensors: What `_base_tensors` made of them.
+        adapter_tensors: What `_adapter_tensors` made of them, for each adapter.
     """
 
     def __init__(self, model: Any, adapters: Collection[str]) -> None:
         self._model = model
         self._adapters = tuple(adapters)
         self.base_tensors: dict[str, Any] = {}
+        self.adapter_tensors: dict[str, Any] = {}
 
     def forget(self) -> None:
         """Look again when it is next asked for."""
@@ -48,6 +50,7 @@ class _Walked:
         """Look again for the tensors; the modules are the same."""
         vars(self).pop("tensors", None)
         self.base_tensors.clear()
+        self.adapter_tensors.clear()
 
     @cached_property
     def sites(self) -> tuple[_walk.Site, ...]:

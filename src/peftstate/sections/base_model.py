@@ -22,6 +22,7 @@ from peftstate.sections._base import Section
 from peftstate.sections._base_tensors import (
     SCALES,
     BaseTensor,
+    Digests,
     base_tensors,
     described_in_threads,
     embedding_weight,
@@ -168,7 +169,7 @@ def _capture_again(
     skipped |= view.known
     in_full = record.fingerprint == "full"
 
-    def describe(name: str) -> TensorRecord:
+    def describe(name: str, digests: Digests) -> TensorRecord:
         saved = record.tensors.get(name)
         if saved is not None and name in skipped:
             return saved
@@ -177,7 +178,7 @@ def _capture_again(
         if saved is None or saved.digest is None:
             dtype = None if saved is None else saved.dtype
             return tensor_record(tensors[name].tensor, dtype, read=False)
-        return tensor_record(tensors[name].tensor, saved.dtype, sampled=not in_full)
+        return digests.record(tensors[name], saved.dtype, sampled=not in_full)
 
     with progress("Comparing the base model", len(tensors), "tensors") as reach:
         described = described_in_threads(tensors, describe, reach, unread=skipped)
