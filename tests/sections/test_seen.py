@@ -132,7 +132,8 @@ def large(tmp_path):
         vocab_size=512,
     )
     torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     model = peftstate.get_peft_model(base, lora)
     model.save_pretrained(tmp_path)
