@@ -86,13 +86,18 @@ def test_trainable_tensors_are_read_each_time(live, digested):
     assert tuple(weight.shape) in digested
 
 
+def bare(model):
+    """The base model of a model, without its adapters."""
+    base = model.unload()
+    vars(base).pop("peft_config", None)  # which older releases of PEFT leave there
+    return base
+
+
 @pytest.fixture
 def unloaded(live):
     """The base model of a loaded model, bare again, and the folder that was loaded."""
     model, folder = live
-    base = model.unload()
-    vars(base).pop("peft_config", None)  # which older releases of PEFT leave there
-    return base, folder
+    return bare(model), folder
 
 
 def test_a_load_onto_a_base_that_was_read_reads_only_the_adapter(unloaded, digested):
@@ -137,7 +142,7 @@ def large(tmp_path):
     lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     model = peftstate.get_peft_model(base, lora)
     model.save_pretrained(tmp_path)
-    peftstate.PeftModel.from_pretrained(model.unload(), tmp_path, is_trainable=False).unload()
+    bare(peftstate.PeftModel.from_pretrained(bare(model), tmp_path, is_trainable=False))
     return base, tmp_path
 
 
@@ -151,7 +156,7 @@ def test_a_merge_and_its_reversal_are_seen(large):
     changed = [n for n, t in model.named_parameters() if not torch.equal(t, before[n])]
     assert changed
     with pytest.raises(errors.BaseModelMismatchError) as caught:
-        peftstate.PeftModel.from_pretrained(model.unload(), folder)
+        peftstate.PeftModel.from_pretrained(bare(model), folder)
     names = {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in changed}
     assert {m.field for m in caught.value.mismatches} == {
         f"tensors[{name}].digest" for name in names
@@ -164,7 +169,7 @@ def test_all_is_read_again_when_one_tensor_has_changed(large):
     weight = base.model.layers[1].mlp.up_proj.weight
     start = _seen.PLACE // weight.element_size()
     weight.data.view(-1)[start] += 1  # just behind the first place
-    peftstate.PeftModel.from_pretrained(base, folder).unload()  # which is not seen
+    bare(peftstate.PeftModel.from_pretrained(base, folder))  # which is not seen
     base.model.layers[0].mlp.up_proj.weight.data.view(-1)[0] += 1
     with pytest.raises(errors.BaseModelMismatchError) as caught:
         peftstate.PeftModel.from_pretrained(base, folder)
@@ -183,7 +188,7 @@ def test_a_write_as_long_as_a_stride_is_seen_wherever_it_is(large):
         with pytest.raises(errors.BaseModelMismatchError, match="lm_head"):
             peftstate.PeftModel.from_pretrained(base, folder)
         piece.copy_(before)
-        peftstate.PeftModel.from_pretrained(base, folder).unload()
+        bare(peftstate.PeftModel.from_pretrained(base, folder))
 
 
 def test_the_scales_of_a_quantized_weight_are_looked_at(unloaded):
@@ -205,8 +210,7 @@ def test_a_base_of_inference_tensors_loads(load_base, with_lora, tmp_path):
     with torch.inference_mode():
         base = load_base()
     for _ in range(2):
-        base = peftstate.PeftModel.from_pretrained(base, tmp_path, is_trainable=False).unload()
-        vars(base).pop("peft_config", None)
+        base = bare(peftstate.PeftModel.from_pretrained(base, tmp_path, is_trainable=False))
 
 
 def test_models_that_are_gone_are_forgotten(load_base, with_lora, tmp_path):
