@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -126,16 +126,22 @@ def check_tensors(
         there, absent = f"a tensor {name[:_SHOWN]!r}", "none of that name"
         raise IntegrityError(file, *((there, absent) if name in saved else (absent, there)))
     for name in sorted(found):
-        record = tensor_record(found[name], read=False)
-        for field in ("dtype", "shape"):
-            _check_field(f"{file}[{printable(name)}]", field, getattr(saved[name], field), record)
+        _check(file, name, saved[name], tensor_record(found[name], read=False), ("dtype", "shape"))
     for name, record in tensor_records(found).items():
         if saved[name].digest is not None:
-            _check_field(f"{file}[{printable(name)}]", "digest", saved[name].digest, record)
+            _check(file, name, saved[name], record, ("digest",))
 
 
-def _check_field(file: str, field: str, wanted: object, record: TensorRecord) -> None:
+def _check(
+    file: str,
+    name: str,
+    saved: TensorRecord | SidecarTensor,
+    found: TensorRecord,
+    fields: Sequence[str],
+) -> None:
     """Refuse a tensor of which something is not as the manifest says."""
-    found = getattr(record, field)
-    if wanted != found:
-        raise IntegrityError(file, f"{field} {wanted}", f"{found}")
+    for field in fields:
+        wanted, actual = getattr(saved, field), getattr(found, field)
+        if wanted != actual:
+            place = f"{file}[{printable(name)}]"
+            raise IntegrityError(place, f"{field} {wanted}", f"{actual}")

@@ -8,7 +8,7 @@ did so, too, can only be seen when it is made: the weights before it are gone af
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +110,12 @@ def is_safe(model: nn.Module) -> bool:
 
 def merged_layers(model: nn.Module) -> list[Sequence[str]]:
     """The adapters that are merged in each layer that has any, in the order it was done in."""
-    merged = (getattr(module, "merged_adapters", ()) for module in layers_of_peft(model))
+    return merged_in(layers_of_peft(model))
+
+
+def merged_in(layers: Iterable[nn.Module]) -> list[Sequence[str]]:
+    """The same of some layers of PEFT."""
+    merged = (getattr(layer, "merged_adapters", ()) for layer in layers)
     return [tuple(names) for names in merged if names]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from peftstate._modules import layers_of_peft
 from peftstate.sections import _walk
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class _Walked:
     def forget(self) -> None:
         """Look again when it is next asked for."""
         vars(self).pop("sites", None)
+        vars(self).pop("layers", None)
         self.forget_tensors()
 
     def forget_tensors(self) -> None:
@@ -56,6 +58,11 @@ class _Walked:
     def sites(self) -> tuple[_walk.Site, ...]:
         """The modules."""
         return tuple(_walk.sites(self._model, self._adapters))
+
+    @cached_property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """The layers of PEFT."""
+        return tuple(layers_of_peft(self._model))
 
     @cached_property
     def tensors(self) -> tuple[_walk.TensorSite, ...]:
@@ -161,6 +168,10 @@ class ModelView:
     def tensors(self) -> tuple[_walk.TensorSite, ...]:
         """The parameters and buffers, those of adapters that are not looked at left out."""
         return (self.walked or _Walked(self.model, self.adapters.values())).tensors
+
+    def layers(self) -> tuple[nn.Module, ...]:
+        """The layers that PEFT put into the model, whichever adapters they have."""
+        return (self.walked or _Walked(self.model, ())).layers
 
     def base_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The base model's modules under their original names, adapters looked through."""

@@ -7,12 +7,11 @@ tensor in the model must be the saved one, to the last bit and in the saved dtyp
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 
 from peftstate._diff import Json
-from peftstate._modules import layers_of_peft
 from peftstate._warn import warn
 from peftstate.errors import AdapterMismatchError, UnverifiedWarning
 from peftstate.sections import _merges
@@ -23,8 +22,6 @@ from peftstate.sections._table import Table
 from peftstate.sections._tensors import TensorRecord, tensor_records
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from peftstate.sections._view import ModelView
     from peftstate.sections._walk import Site
 
@@ -108,15 +105,13 @@ def _refuse_unloadable(view: ModelView) -> None:
     """
     from peft.tuners.ln_tuning.layer import LNTuningLayer
 
-    if any(
-        isinstance(layer, LNTuningLayer) and layer.merged for layer in layers_of_peft(view.model)
-    ):
+    if any(isinstance(layer, LNTuningLayer) and layer.merged for layer in view.layers()):
         # peft/tuners/ln_tuning/layer.py::LNTuningLayer.merge exchanges the two layers
         raise ValueError(
             "the adapter is merged, which in LN tuning puts the base model's layers in its place, "
             "and PEFT would save these; call unmerge_adapter() first"
         )
-    if _is_merged_in_part(view.model):
+    if _is_merged_in_part(view):
         raise ValueError(
             "an adapter is merged into some of its layers only; merge it into the others, too, by "
             "merge_adapter(), or call unmerge_adapter()"
@@ -128,7 +123,7 @@ def _refuse_unloadable(view: ModelView) -> None:
                 f"X-LoRA's adapter is called {name!r}, so that its folder would not hold the "
                 "experts that it trained; call it 'default'"
             )
-    if getattr(view.model, "_is_prompt_learning", False) and not _enabled(view.model):
+    if getattr(view.model, "_is_prompt_learning", False) and not _enabled(view):
         raise ValueError(
             "the prompt is disabled, which it can only be within disable_adapter(); save outside it"
         )
@@ -139,7 +134,7 @@ def _warn_of_drawn_ahead(view: ModelView) -> None:
 
     They are more than its weights (`peft/tuners/lora/monteclora.py::BufferedMontecloraSampler`).
     """
-    samplers = (getattr(site.module, "lora_monteclora_sampler", None) for site in view.sites())
+    samplers = (getattr(layer, "lora_monteclora_sampler", None) for layer in view.layers())
     if any(sampler is not None and sampler.training for sampler in samplers):
         warn(
             "MonteCLoRA draws its noise ahead, and what it drew is not saved: the reloaded model "
@@ -148,11 +143,11 @@ def _warn_of_drawn_ahead(view: ModelView) -> None:
         )
 
 
-def _is_merged_in_part(model: nn.Module) -> bool:
+def _is_merged_in_part(view: ModelView) -> bool:
     """Whether an adapter is merged into some of the layers that have it, and into others not."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [module for module in layers_of_peft(model) if isinstance(module, BaseTunerLayer)]
+    layers = [layer for layer in view.layers() if isinstance(layer, BaseTunerLayer)]
     merged = {name for layer in layers for name in layer.merged_adapters}
     return any(
         set(layer.merged_adapters) != merged & layer._get_available_adapters() for layer in layers
@@ -191,7 +186,7 @@ def applied_as_in(view: ModelView, record: AdaptersRecord) -> AdaptersRecord:
     active = tuple(getattr(view.model, "active_adapters", ()))
     layers = [
         [saved for name in merged if (saved := view.saved_name(name))]
-        for merged in _merges.merged_layers(view.model)
+        for merged in _merges.merged_in(view.layers())
     ]
     return attrs.evolve(
         record,
@@ -202,7 +197,7 @@ def applied_as_in(view: ModelView, record: AdaptersRecord) -> AdaptersRecord:
         active=tuple(saved for live in active if (saved := view.saved_name(live)))
         if active
         else None,
-        enabled=_enabled(view.model),
+        enabled=_enabled(view),
         merged=_merges.order_of(layers, record.merged),
         safe_merge=_merges.is_safe(view.model),
     )
@@ -245,16 +240,16 @@ def _describe(view: ModelView, saved: str, like: AdapterRecord | None) -> Adapte
     )
 
 
-def _enabled(model: Any) -> bool:
+def _enabled(view: ModelView) -> bool:
     """Whether adapters are applied."""
     from peft.tuners.adaption_prompt import AdaptionPromptModel
 
-    if getattr(model, "_adapters_disabled", False):
+    if getattr(view.model, "_adapters_disabled", False):
         return False
-    tuner = getattr(model, "base_model", None)
+    tuner = getattr(view.model, "base_model", None)
     if isinstance(tuner, AdaptionPromptModel):
         return bool(tuner._enabled)
-    return not any(getattr(layer, "disable_adapters", False) for layer in layers_of_peft(model))
+    return not any(getattr(layer, "disable_adapters", False) for layer in view.layers())
 
 
 def _scaling(view: ModelView, adapter: str) -> Table[float]:
@@ -284,7 +279,7 @@ def restore(record: AdaptersRecord, view: ModelView) -> None:
     _restore_active(record, view)
     saved = dict.fromkeys(record.merged)  # or PEFT would merge it as often as it is named
     merged = [view.adapters[name] for name in saved if name in view.adapters]
-    if merged and not _merges.merged_layers(view.model):
+    if merged and not _merges.merged_in(view.layers()):
         view.model.base_model.merge_adapter(merged, safe_merge=record.safe_merge)
         _merges.note(view.model, is_safe=record.safe_merge)
         view.changed()
@@ -317,7 +312,7 @@ def _restore_active(record: AdaptersRecord, view: ModelView) -> None:
         else:  # PeftModel.set_adapter takes one name only
             model.base_model.set_adapter(active)
             model.active_adapter = next(iter(active), model.active_adapter)
-    if record.enabled != _enabled(model):
+    if record.enabled != _enabled(view):
         switch = "enable_adapter_layers" if record.enabled else "disable_adapter_layers"
         getattr(model.base_model, switch)()
 

@@ -214,9 +214,11 @@ def _end_initialisations(record: ExtraTensorsRecord, view: ModelView) -> None:
     A KaSA layer that PEFT loaded onto the meta device does so when it first runs
     (`peft/tuners/lora/variants.py::KasaLinearVariant.init`).
     """
-    for site in view.sites():
-        deferred = getattr(site.module, "_lora_kasa_truncation_deferred", None)
-        if deferred and record.has_base:
+    if not record.has_base:
+        return
+    for layer in view.layers():
+        deferred = getattr(layer, "_lora_kasa_truncation_deferred", None)
+        if deferred:
             deferred.clear()
 
 
