@@ -131,7 +131,7 @@ def measure(extent: Extent, folder: Path) -> Results:
     medium = Bench.make(MEDIUM, folder / MEDIUM.name).adapter
     timings += _of_starts(medium, extent.processes)
     tree = _processes.verify_tree(
-        folder / "hot", folder / "tree", extent.verified, min(extent.processes, 5)
+        folder / "hot" / TINY.name, folder / "tree", extent.verified, min(extent.processes, 5)
     )
     _say("memory")
     memory = [_memory_of(path, workload, folder) for path, workload in extent.memory]
@@ -188,10 +188,13 @@ def _memory_of(path: str, workload: Workload, folder: Path) -> Memory:
 
 
 def _of_server(folder: Path, extent: Extent) -> Iterator[Timing]:
-    """Further adapters on a live model."""
-    for count, times in _hot.load_adapter(TINY, folder, extent.served, extent.live):
-        title = f"{TINY.title}, beside {count:,}"
-        yield Timing(path="load_adapter", workload=title, against=PEFT.name, times=times)
+    """Further adapters on a live model; many of them only where the base model is tiny."""
+    for workload in extent.workloads:
+        counts = extent.live if workload is TINY else extent.live[:1]
+        place = folder / workload.name
+        for count, times in _hot.load_adapter(workload, place, extent.served, counts):
+            title = f"{workload.title}, beside {count:,}"
+            yield Timing(path="load_adapter", workload=title, against=PEFT.name, times=times)
 
 
 def _of_starts(adapter: Path, repetitions: int) -> Iterator[Timing]:

@@ -191,6 +191,18 @@ def test_a_write_as_long_as_a_stride_is_seen_wherever_it_is(large):
         bare(peftstate.PeftModel.from_pretrained(base, folder))
 
 
+@pytest.mark.parametrize("more", [0, 1, 63, 64, 65, _seen.STRIDE - 1, _seen.STRIDE])
+def test_no_stride_is_without_a_place(more):
+    """Of tensors of any size."""
+    size = 2 * _seen.STRIDE + more
+    before = _seen._places(torch.zeros(size, dtype=torch.uint8))
+    last = size - _seen.STRIDE
+    for start in {0, 1, 63, 64, 65, _seen.STRIDE - 1, last // 2, last - 65, last - 1, last}:
+        tensor = torch.zeros(size, dtype=torch.uint8)
+        tensor[start : start + _seen.STRIDE] = 1
+        assert not torch.equal(_seen._places(tensor), before), start
+
+
 def test_the_scales_of_a_quantized_weight_are_looked_at(unloaded):
     """They are no parameters: a change of them alone is seen."""
     base, folder = unloaded

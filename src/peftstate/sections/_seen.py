@@ -62,8 +62,8 @@ def _places(tensor: torch.Tensor) -> torch.Tensor:
     raw = tensor.detach().reshape(-1).view(torch.uint8)
     if raw.numel() <= STRIDE:
         return raw
-    strides = raw.numel() // STRIDE
-    places = raw[: strides * STRIDE].view(strides, STRIDE)[:, :PLACE]
+    number = (raw.numel() - PLACE) // STRIDE + 1
+    places = raw.as_strided((number, PLACE), (STRIDE, 1))
     return torch.cat([places.reshape(-1), raw[-PLACE:]])
 
 
