@@ -28,7 +28,7 @@ from benchmarks.performance._workloads import (
     llama,
     lora,
 )
-from peftstate.sections import _seen
+from peftstate.sections import _remembered
 
 RANKS = (4, 8, 16, 32, 64, 128, 256)
 WIDTHS = (2560, 5120, 10240, 20480, 40960)
@@ -129,7 +129,7 @@ def _load_together(base: Any, count: int, folder: Path, repetitions: int) -> Com
 
     def run(load: Callable[[], Any]) -> Sample:
         nonlocal base
-        _seen.forget()
+        _remembered.forget()
         with silently():
             model, sample = timed(load)
         for number in range(1, count):

@@ -24,7 +24,7 @@ def first_load(bench: Bench, repetitions: int) -> Comparison:
 
 
 def further_load(bench: Bench, repetitions: int) -> Comparison:
-    """`from_pretrained` onto a base model that an earlier load of the same process has read."""
+    """`from_pretrained` onto a base model that earlier loads of the same process have read."""
     return _load(bench.load, repetitions)
 
 

@@ -24,7 +24,7 @@ from benchmarks._generations import silently
 from benchmarks._page import ROOT
 from benchmarks.fidelity._libraries import Library
 from benchmarks.performance._measure import Sample, timed
-from peftstate.sections import _seen
+from peftstate.sections import _remembered
 
 MEGABYTE = 10**6
 _BLOCK = 2**24
@@ -196,7 +196,7 @@ class Bench:
 
     def first_load(self, library: Library, **options: Any) -> Sample:
         """Load the adapter onto the base model as one that was never read."""
-        _seen.forget()
+        _remembered.forget()
         return self.load(library, **options)
 
     def load(self, library: Library, **options: Any) -> Sample:

@@ -27,7 +27,7 @@ from benchmarks._generations import silently
 from benchmarks.fidelity._libraries import PEFTSTATE
 from benchmarks.performance._measure import timed
 from benchmarks.performance._workloads import WORKLOADS, Bench, bare
-from peftstate.sections import _seen
+from peftstate.sections import _remembered
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ LOAD: Steps = {
     ),
     "compare the base model": (
         "_base_check:check_base",
-        "_base_check:_looked_at",
+        "_base_check:_remembering",
         "_base_check:Ahead.begun",
         "_loading:check_base_if_changed",
     ),
@@ -149,12 +149,12 @@ def profile(work: Callable[[], T], steps: Steps) -> tuple[T, dict[str, float]]:
 
 def of_first_load(bench: Bench) -> dict[str, float]:
     """A load onto a bare base model that was not read before."""
-    _seen.forget()
+    _remembered.forget()
     return of_load(bench)
 
 
 def of_load(bench: Bench) -> dict[str, float]:
-    """A load onto a bare base model that an earlier load has read."""
+    """A load onto a bare base model that two earlier loads have read."""
     load = partial(PEFTSTATE.load, bench.base, bench.adapter, is_trainable=False)
     model, found = profile(load, LOAD)
     bench.base = bare(model)
@@ -179,7 +179,7 @@ PATHS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
     "load_adapter": of_load_adapter,
     "save_pretrained": of_save,
 }
-READ_BEFORE = frozenset({"from_pretrained-again", "load_adapter"})
+READ_BEFORE = frozenset({"load_adapter"})
 """The paths that do not read the base model, for an earlier load has."""
 
 

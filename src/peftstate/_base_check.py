@@ -1,6 +1,7 @@
 """The comparison of the bare base model with the saved one, before or while it gets its adapter.
 
-A tensor that was compared before in this process is read again only if it looks different.
+Each load reads all of it. On a live model, a further adapter has it read again only if it looks
+different.
 """
 
 from __future__ import annotations
@@ -34,24 +35,26 @@ def base_checked(view: ModelView, manifest: Manifest, plan: Plan) -> Iterator[Ca
     Raises:
         StateMismatchError: It is another one, or quantized in another way.
     """
-    check_base_if_changed(view, manifest, plan)
+    check_base(_remembering(view.once()), manifest, plan)
     yield lambda: None
 
 
 def check_base_if_changed(view: ModelView, manifest: Manifest, plan: Plan) -> None:
-    """Compare the base model, but for the tensors that were compared before and look the same.
+    """Compare the base model of a live model, but for what was compared before and looks the same.
 
     Raises:
         StateMismatchError: It is another one, or quantized in another way.
     """
-    check_base(_looked_at(view.once(), manifest), manifest, plan)
+    view = _remembering(view.once())
+    if view.looks is not None:
+        known = view.looks.unchanged(manifest.sections["base_model"].tensors)
+        view = attrs.evolve(view, known=known)
+    check_base(view, manifest, plan)
 
 
-def _looked_at(view: ModelView, manifest: Manifest) -> ModelView:
-    """The view, with what is known of the base model's tensors by a look at them."""
-    looks = Looks.of(base_tensors(view))
-    known = looks.unchanged(manifest.sections["base_model"].tensors)
-    return attrs.evolve(view, looks=looks, known=known)
+def _remembering(view: ModelView) -> ModelView:
+    """The view for a comparison that has what it reads remembered."""
+    return attrs.evolve(view, looks=Looks.of(base_tensors(view)))
 
 
 @contextmanager
@@ -75,30 +78,26 @@ def base_checked_meanwhile(
         with base_checked(view, manifest, plan) as nothing_left:
             yield nothing_left
         return
-    looked_at = _looked_at(view.once(), manifest)
-    passed_over = {*record.changed, *record.shadowed, *looked_at.known}
-    fixed = {name: tensor for name, tensor in record.tensors.items() if name not in passed_over}
-    large = large_tensors(looked_at, fixed)
-    _check_rest(looked_at, manifest, plan, large.keys())
+    remembering = _remembering(view.once())
+    put_back = {*record.changed, *record.shadowed}
+    fixed = {name: tensor for name, tensor in record.tensors.items() if name not in put_back}
+    large = large_tensors(remembering, fixed)
+    _check_rest(remembering, manifest, plan, large.keys())
     # not before: small operations of torch would wait for a core again and again
-    ahead = Ahead.begun(looked_at, large)
+    ahead = Ahead.begun(remembering, large)
     try:
-        failure: Exception | None = None
-        try:
-            yield partial(_end, ahead)
-        except Exception as error:  # noqa: BLE001 - it is raised below, or what led to it is
-            failure = error
-        if failure is not None:
-            if not ahead.agrees():
-                check_base(view.now(), manifest, plan)
-            raise failure
+        yield partial(_end, ahead)
+    except Exception:
+        if ahead.differs():
+            check_base(view.now(), manifest, plan)
+        raise
     finally:
         ahead.end()
 
 
 def _check_rest(view: ModelView, manifest: Manifest, plan: Plan, large: AbstractSet[str]) -> None:
     """Compare what is not compared meanwhile; if it differs, all of it, to name all differences."""
-    rest = attrs.evolve(view, known=view.known | large)
+    rest = attrs.evolve(view, known=frozenset(large))
     try:
         check_base(rest, manifest, plan)
     except StateMismatchError:

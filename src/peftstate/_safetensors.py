@@ -1,9 +1,9 @@
 """Safetensors files that were read already, without torch and without a copy.
 
 The library of that name copies all tensors out of bytes, or maps a file that others may write to.
-A load that reads an adapter once, and checks what it then uses, wants neither. What is refused here
-is what that library refuses (`safetensors/src/tensor.rs::SafeTensors::read_metadata` and
-`Metadata::validate`), and headers that take long to parse.
+A load that reads an adapter once, and checks what it then uses, wants neither. The checks are that
+library's (`safetensors/src/tensor.rs::SafeTensors::read_metadata` and `Metadata::validate`), and
+more: no name twice, no unknown key, no header that takes long to parse.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ def _places(header: bytes, size: int) -> dict[str, _Place]:
 
 def _entries(header: bytes) -> list[tuple[str, Any]]:
     """What a header says of each tensor, in the order of their bytes."""
-    # each tensor is an object, beside which there are the header itself and its metadata
+    # each tensor is an object, beside which there are the header and its metadata; before parsing,
+    # braces in names cannot be told from these
     if header.count(b"{") > MAX_TENSORS + 2:
         raise ValueError(f"more than {MAX_TENSORS} tensors")
     entries = loads(header)

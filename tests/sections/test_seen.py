@@ -1,34 +1,22 @@
-"""A load does not read a base model that was read before, unless it looks different."""
+"""A further adapter does not read a base model that was read, unless it looks different."""
 
 from __future__ import annotations
 
 import gc
 import weakref
 
+import attrs
 import peft
 import pytest
 import torch
-import transformers
 
 import peftstate
 from peftstate import errors
-from peftstate.sections import _bitsandbytes, _seen, _tensors
+from peftstate.sections import _bitsandbytes, _seen
+from peftstate.sections._base_tensors import base_tensors
+from peftstate.sections._view import ModelView
 
 pytestmark = pytest.mark.filterwarnings("ignore::peftstate.errors.TrainModeWarning")
-
-
-@pytest.fixture
-def digested(monkeypatch):
-    """The shapes of all tensors that are digested."""
-    shapes = []
-    original = _tensors.pieces_digest
-
-    def counting(dtype, shape, data):
-        shapes.append(tuple(shape))
-        return original(dtype, shape, data)
-
-    monkeypatch.setattr(_tensors, "pieces_digest", counting)
-    return shapes
 
 
 @pytest.fixture(params=["bf16", "nf4", "int8"])
@@ -93,30 +81,6 @@ def bare(model):
     return base
 
 
-@pytest.fixture
-def unloaded(live):
-    """The base model of a loaded model, bare again, and the folder that was loaded."""
-    model, folder = live
-    return bare(model), folder
-
-
-def test_a_load_onto_a_base_that_was_read_reads_only_the_adapter(unloaded, digested):
-    """As servers do that unload one adapter for the next."""
-    base, folder = unloaded
-    digested.clear()
-    peftstate.PeftModel.from_pretrained(base, folder, is_trainable=False)
-    assert tuple(base.get_input_embeddings().weight.shape) not in digested
-
-
-def test_what_is_forgotten_is_read_again(unloaded, digested):
-    """`forget` makes a base model one that was never read."""
-    base, folder = unloaded
-    digested.clear()
-    _seen.forget()
-    peftstate.PeftModel.from_pretrained(base, folder, is_trainable=False)
-    assert tuple(base.get_input_embeddings().weight.shape) in digested
-
-
 def test_verify_reads_all_of_the_base(live, digested):
     """Whatever was seen: who asks wants to know."""
     model, folder = live
@@ -126,69 +90,66 @@ def test_verify_reads_all_of_the_base(live, digested):
 
 
 @pytest.fixture
-def large(tmp_path):
-    """A loaded model of tensors of several strides, in bf16, and the folder that it came from."""
-    config = transformers.LlamaConfig(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=512,
-    )
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
-    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+def large(large_base, tmp_path):
+    """A live model of tensors of several strides, in bf16, and the folder that it came from."""
     lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    model = peftstate.get_peft_model(base, lora)
+    model = peftstate.get_peft_model(large_base(), lora)
     model.save_pretrained(tmp_path)
-    bare(peftstate.PeftModel.from_pretrained(bare(model), tmp_path, is_trainable=False))
-    return base, tmp_path
-
-
-def test_a_merge_and_its_reversal_are_seen(large):
-    """They round a few values, past torch's versions, in every layer."""
-    base, folder = large
-    model = peft.PeftModel.from_pretrained(base, folder)
-    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
-    model.merge_adapter()
-    model.unmerge_adapter()
-    changed = [n for n, t in model.named_parameters() if not torch.equal(t, before[n])]
-    assert changed
-    with pytest.raises(errors.BaseModelMismatchError) as caught:
-        peftstate.PeftModel.from_pretrained(bare(model), folder)
-    names = {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in changed}
-    assert {m.field for m in caught.value.mismatches} == {
-        f"tensors[{name}].digest" for name in names
-    }
+    return peftstate.PeftModel.from_pretrained(bare(model), tmp_path, is_trainable=False), tmp_path
 
 
 def test_all_is_read_again_when_one_tensor_has_changed(large):
     """What changed it may have changed others where no look falls, as it did here."""
-    base, folder = large
-    weight = base.model.layers[1].mlp.up_proj.weight
+    model, folder = large
+    layers = model.get_base_model().model.layers
+    weight = layers[1].mlp.up_proj.base_layer.weight
     start = _seen.PLACE // weight.element_size()
     weight.data.view(-1)[start] += 1  # just behind the first place
-    bare(peftstate.PeftModel.from_pretrained(base, folder))  # which is not seen
-    base.model.layers[0].mlp.up_proj.weight.data.view(-1)[0] += 1
+    model.load_adapter(folder, "second")  # which is not seen
+    layers[0].mlp.up_proj.base_layer.weight.data.view(-1)[0] += 1
     with pytest.raises(errors.BaseModelMismatchError) as caught:
-        peftstate.PeftModel.from_pretrained(base, folder)
+        model.load_adapter(folder, "third")
     assert len(caught.value.mismatches) == 2
 
 
 def test_a_write_as_long_as_a_stride_is_seen_wherever_it_is(large):
     """For it covers a place."""
-    base, folder = large
-    weight = base.lm_head.weight.data.view(-1)
+    model, folder = large
+    weight = model.get_base_model().get_input_embeddings().weight.data.view(-1)
     length = _seen.STRIDE // weight.element_size()
-    for start in (1, length // 2, len(weight) - length):
+    for number, start in enumerate((1, length // 2, len(weight) - length)):
         piece = weight[start : start + length]
         before = piece.clone()
         piece.mul_(2)
-        with pytest.raises(errors.BaseModelMismatchError, match="lm_head"):
-            peftstate.PeftModel.from_pretrained(base, folder)
+        with pytest.raises(errors.BaseModelMismatchError, match="embed_tokens"):
+            model.load_adapter(folder, "refused")
         piece.copy_(before)
-        bare(peftstate.PeftModel.from_pretrained(base, folder))
+        model.load_adapter(folder, f"taken-{number}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int16])
+def test_the_same_bytes_of_another_dtype_are_read(large, dtype):
+    """Which are other values."""
+    model, folder = large
+    weight = model.get_base_model().model.norm.weight
+    weight.requires_grad_(requires_grad=False)
+    weight.data = weight.data.view(dtype)
+    with pytest.raises(errors.BaseModelMismatchError, match=r"model\.norm\.weight"):
+        model.load_adapter(folder, "second")
+
+
+def test_what_was_never_digested_is_not_known(large_base, tmp_path):
+    """A manifest without digests says nothing of them."""
+    base = large_base()
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = peftstate.get_peft_model(base, lora)
+    model.save_pretrained(tmp_path, fingerprint="off")
+    saved = peftstate.read_manifest(tmp_path).sections["base_model"].tensors
+    bases = base_tensors(ModelView(model=model.get_base_model()))
+    looks = _seen.Looks.of(bases)
+    looks.note({name: attrs.evolve(record, digest="0") for name, record in saved.items()}.items())
+    other = {name: attrs.evolve(record, dtype="float32") for name, record in saved.items()}
+    assert looks.unchanged(other) == frozenset()
 
 
 @pytest.mark.parametrize("more", [0, 1, 63, 64, 65, _seen.STRIDE - 1, _seen.STRIDE])
@@ -203,17 +164,17 @@ def test_no_stride_is_without_a_place(more):
         assert not torch.equal(_seen._places(tensor), before), start
 
 
-def test_the_scales_of_a_quantized_weight_are_looked_at(unloaded):
+def test_the_scales_of_a_quantized_weight_are_looked_at(live):
     """They are no parameters: a change of them alone is seen."""
-    base, folder = unloaded
-    layer = base.model.layers[0].mlp.down_proj
+    model, folder = live
+    layer = model.get_base_model().model.layers[0].mlp.down_proj.base_layer
     scales = _bitsandbytes.scales_of(layer, layer.weight)
     if not scales:
         assert type(layer) is torch.nn.Linear
         return
     scales[0].view(-1)[0] += 1
     with pytest.raises(errors.BaseModelMismatchError, match=r"down_proj\.weight\."):
-        peftstate.PeftModel.from_pretrained(base, folder)
+        model.load_adapter(folder, "second")
 
 
 def test_a_base_of_inference_tensors_loads(load_base, with_lora, tmp_path):

@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import attrs
 
 from peftstate._progress import progress
+from peftstate.errors import RestoreError
 from peftstate.sections import _bitsandbytes_forms as forms
 from peftstate.sections._base_tensors import BaseTensor, base_tensors
+from peftstate.sections._remembered import remembered_digest
 from peftstate.sections._seen import Looks
-from peftstate.sections._tensors import TensorRecord, digest
+from peftstate.sections._tensors import TensorRecord
 
 if TYPE_CHECKING:
     from peftstate.sections._view import ModelView
@@ -54,21 +57,41 @@ class Ahead:
         jobs: dict[tuple[int, str], Future[str]] = {}  # of tied tensors, one
         for name, record in saved.items():
             key = _job(found[name], record)
-            if key not in jobs:  # detached, for the parameter may be given other data
-                jobs[key] = pool.submit(digest, found[name].tensor.detach(), record.dtype)
+            if key not in jobs:
+                tensor = found[name].tensor.detach()  # for the parameter may be given other data
+                jobs[key] = pool.submit(remembered_digest, tensor, record.dtype)
         by_name = {name: jobs[_job(found[name], record)] for name, record in saved.items()}
         return cls(saved, view.looks, by_name, pool)
 
     def agrees(self) -> bool:
-        """Wait, and say whether all the tensors are as they were saved."""
+        """Wait, and say whether all the tensors are as they were saved.
+
+        Raises:
+            RestoreError: One could not be read.
+        """
         with progress("Comparing the base model", len(self.saved), "tensors") as reach:
             for done, (name, record) in enumerate(self.saved.items(), start=1):
-                if self._found[name].result() != record.digest:
+                if self._digest(name) != record.digest:
                     return False
                 reach(done)
         if self._looks is not None:
             self._looks.note(self.saved.items())
         return True
+
+    def _digest(self, name: str) -> str:
+        """Wait for a digest."""
+        try:
+            return self._found[name].result()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            message = f"the tensor {name} of the base model could not be read ({reason})"
+            raise RestoreError("base_model", message) from error
+
+    def differs(self) -> bool:
+        """Wait, and say whether a tensor is another one, as far as they can be read."""
+        with suppress(RestoreError):
+            return not self.agrees()
+        return False
 
     def end(self) -> None:
         """Begin with no other tensor, and wait for the rest."""

@@ -12,6 +12,7 @@ from peftstate._progress import progress
 from peftstate.sections import _bitsandbytes
 from peftstate.sections import _bitsandbytes_forms as forms
 from peftstate.sections._peft_layers import original
+from peftstate.sections._remembered import remembered_digest
 from peftstate.sections._tensors import TensorRecord, in_threads, is_readable, tensor_record
 from peftstate.sections._walk import TensorSite
 
@@ -181,10 +182,15 @@ def records(view: ModelView, tensors: Mapping[str, BaseTensor]) -> dict[str, Ten
     return {name: view.memo[name] for name in tensors}
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class Digests:
-    """What tensors gave that were read already, for tied ones are there under several names."""
+    """What tensors gave that were read already, for tied ones are there under several names.
 
+    Attributes:
+        remembers: Whether what earlier loads computed of the same bytes will do.
+    """
+
+    remembers: bool = False
     _found: dict[tuple[int, str | None, bool], TensorRecord] = attrs.field(factory=dict)
 
     def record(
@@ -192,11 +198,18 @@ class Digests:
     ) -> TensorRecord:
         """Describe a tensor as `tensor_record` does."""
         if base.site is None:  # made for this, and gone afterwards
-            return tensor_record(base.tensor, dtype, sampled=sampled)
+            return self._describe(base.tensor, dtype, sampled=sampled)
         key = (id(base.site.tensor), dtype, sampled)
         if key not in self._found:
-            self._found[key] = tensor_record(base.site.tensor, dtype, sampled=sampled)
+            self._found[key] = self._describe(base.site.tensor, dtype, sampled=sampled)
         return self._found[key]
+
+    def _describe(self, tensor: torch.Tensor, dtype: str | None, *, sampled: bool) -> TensorRecord:
+        """Describe a tensor that was not read through this."""
+        if sampled or not self.remembers or not is_readable(tensor):
+            return tensor_record(tensor, dtype, sampled=sampled)
+        described = tensor_record(tensor, dtype, read=False)
+        return attrs.evolve(described, digest=remembered_digest(tensor, dtype))
 
 
 def described_in_threads(
@@ -205,6 +218,7 @@ def described_in_threads(
     reach: Callable[[int], object],
     *,
     unread: Collection[str] = (),
+    remembers: bool = False,
 ) -> dict[str, TensorRecord]:
     """Describe tensors, several at a time but for those that take operations of torch.
 
@@ -215,8 +229,9 @@ def described_in_threads(
         describe: Describes one of a name, by digests that may be there already.
         reach: Told how many are done.
         unread: The names of those that `describe` does not read.
+        remembers: As in `Digests`.
     """
-    digests = Digests()
+    digests = Digests(remembers=remembers)
     found = {name: describe(name, digests) for name, base in tensors.items() if base.computed}
     rest = {name: base for name, base in tensors.items() if name not in found}
     tied = {id(base.owner.tensor): name for name, base in rest.items() if base.site is not None}

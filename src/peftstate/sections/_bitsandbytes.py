@@ -186,18 +186,22 @@ def canonical_tensors(module: nn.Module) -> Mapping[str, Callable[[], torch.Tens
 
 
 def scales_of(module: nn.Module, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """What beside a parameter makes up the quantized weight that it is, if it is one.
+    """What beside a tensor makes up the quantized weight that it is part of, if it is.
 
     Args:
-        module: The module that holds the parameter.
-        tensor: The parameter, or a tensor of a `QuantState`.
+        module: The module that holds the weight.
+        tensor: The weight, or the scales of one that is no parameter of the module.
     """
-    if kind_of(module) is None or tensor is not getattr(module, "weight", None):
+    if kind_of(module) is None:
         return []
     state = forms.quant_state(module)
+    if tensor is not getattr(module, "weight", None) and tensor is not getattr(
+        state, "absmax", None
+    ):
+        return []
     if state is not None:
         nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
-        return [state.absmax, *nested]
+        return [part for part in (state.absmax, *nested) if part is not tensor]
     held = [getattr(getattr(module, "state", None), key, None) for key in ("CB", "SCB")]
     return [part for part in (*held, getattr(tensor, "SCB", None)) if part is not None]
 

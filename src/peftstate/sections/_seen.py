@@ -1,13 +1,12 @@
-"""A cheap proof that the tensors of a live model are still those that were digested.
+"""Cheap evidence that the tensors of a live model are still those that were digested.
 
-A server that loads its hundredth adapter onto one base model need not read the base model a
+A server that loads its hundredth adapter into one live model need not read the base model a
 hundredth time. A tensor that was read to the last byte, and is the same object since then, in the
 same memory, of the same version (torch counts what writes to a tensor, but not what writes to
-``.data`` or from a kernel of its own, as optimizers do) and with the same bytes in `PLACE` of every
-`STRIDE`, is taken to be unchanged, if that holds of all tensors that were read. What that does not
-see is a write past torch to less than `STRIDE` bytes in one piece, if it leaves alone every place
-of every tensor: a merge and its reversal, which leaves a few values rounded, it sees. Trainable
-tensors are read each time.
+``.data`` or from a kernel of its own, as fused optimizers do) and with the same bytes in `PLACE` of
+every `STRIDE`, is taken to be unchanged, if that holds of all tensors that were read. What that
+does not see is a write past torch to less than `STRIDE` bytes in one piece, if it leaves alone
+every place of every tensor. Trainable tensors are read each time.
 """
 
 from __future__ import annotations
@@ -36,10 +35,11 @@ PLACE = 64
 
 @attrs.frozen
 class _Look:
-    """What some tensors look like: where they are, their versions, and some of their bytes."""
+    """What some tensors look like: where they are, versions, forms, and some of their bytes."""
 
     pointers: tuple[int, ...]
     versions: tuple[int, ...]
+    forms: tuple[tuple[torch.dtype, torch.Size], ...]
     places: bytes
 
     @classmethod
@@ -51,6 +51,7 @@ class _Look:
         return cls(
             tuple(tensor.data_ptr() for tensor in tensors),
             tuple(-1 if each.is_inference() else each._version for each in tensors),
+            tuple((each.dtype, each.shape) for each in tensors),
             hasher.digest(),
         )
 
@@ -91,12 +92,6 @@ def _tensors() -> Any:
     return WeakIdKeyDictionary()
 
 
-def forget() -> None:
-    """Forget all that was digested, so that it is read again."""
-    with _LOCK:
-        _tensors().clear()
-
-
 @attrs.frozen
 class Looks:
     """What the tensors of a base model look like at one moment, before they are read.
@@ -132,7 +127,8 @@ class Looks:
             if seen.look != self._looks[id(base.owner.tensor)]:
                 return frozenset()
             record = saved.get(name)
-            if record is not None and seen.digests.get((name, record.dtype)) == record.digest:
+            digest = seen.digests.get((name, "" if record is None else record.dtype))
+            if record is not None and digest is not None and digest == record.digest:
                 found.add(name)
         return frozenset(found)
 
@@ -155,4 +151,5 @@ def _tells(base: BaseTensor) -> bool:
     tensor = base.owner.tensor
     is_plain = base.is_readable and tensor.is_contiguous() and tensor.numel() > 0
     has_version = not tensor.is_inference()
-    return is_plain and has_version and not base.replayed
+    is_composed = hasattr(tensor, "__tensor_flatten__")
+    return is_plain and has_version and not is_composed and not base.replayed

@@ -154,7 +154,7 @@ def is_readable(tensor: torch.Tensor) -> bool:
     return not tensor.is_meta and not isinstance(tensor, DTensor)
 
 
-def _raw(tensor: torch.Tensor) -> torch.Tensor:
+def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The elements as one run of bytes."""
     import torch
 
@@ -170,7 +170,7 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     import torch
 
     copy = torch.empty(tensor.shape, dtype=tensor.dtype)
-    _raw(copy).numpy()[:] = _raw(tensor).numpy()
+    raw_bytes(copy).numpy()[:] = raw_bytes(tensor).numpy()
     return copy
 
 
@@ -185,7 +185,7 @@ def digest(tensor: torch.Tensor, dtype: str | None = None, *, sampled: bool = Fa
     """
     if dtype is not None and dtype != dtype_name(tensor.dtype):
         tensor = tensor.detach().to(dtype_named(dtype))
-    raw = _raw(tensor)
+    raw = raw_bytes(tensor)
     if sampled and raw.numel() > SAMPLED_BYTES * SAMPLED_PLACES:
         raw = _sample(raw)
     name, shape = dtype_name(tensor.dtype), tuple(tensor.shape)

@@ -181,7 +181,9 @@ def _capture_again(
         return digests.record(tensors[name], saved.dtype, sampled=not in_full)
 
     with progress("Comparing the base model", len(tensors), "tensors") as reach:
-        described = described_in_threads(tensors, describe, reach, unread=skipped)
+        described = described_in_threads(
+            tensors, describe, reach, unread=skipped, remembers=view.looks is not None
+        )
     if view.looks is not None and in_full:
         view.looks.note((name, record) for name, record in described.items() if name not in skipped)
     found = _describe(
