@@ -9,11 +9,13 @@ import attrs
 import peft
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import peftstate
 from peftstate import errors
 from peftstate.sections import _bitsandbytes, _seen
 from peftstate.sections._base_tensors import base_tensors
+from peftstate.sections._tensors import tensor_record
 from peftstate.sections._view import ModelView
 
 pytestmark = pytest.mark.filterwarnings("ignore::peftstate.errors.TrainModeWarning")
@@ -195,3 +197,15 @@ def test_models_that_are_gone_are_forgotten(load_base, with_lora, tmp_path):
     del model
     gc.collect()
     assert weight() is None
+
+
+def test_a_tensor_that_is_made_of_others_is_read_each_time():
+    """There is no memory of its own to look at."""
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(TwoTensor(torch.ones(4), torch.ones(4)))
+    bases = base_tensors(ModelView(model=module))
+    assert set(bases) == {"weight.a", "weight.b"}
+    looks = _seen.Looks.of(bases)
+    records = {name: tensor_record(base.tensor) for name, base in bases.items()}
+    looks.note(records.items())
+    assert looks.unchanged(records) == frozenset()

@@ -50,6 +50,7 @@ class _Look:
             hasher.update(_places(tensor).cpu().numpy().data)
         return cls(
             tuple(tensor.data_ptr() for tensor in tensors),
+            # scales may be of inference mode, where there is no version
             tuple(-1 if each.is_inference() else each._version for each in tensors),
             tuple((each.dtype, each.shape) for each in tensors),
             hasher.digest(),
@@ -148,8 +149,10 @@ class Looks:
 
 def _tells(base: BaseTensor) -> bool:
     """Whether a look at a tensor tells of it: it is in one piece, and nothing is merged into it."""
+    import torch
+
     tensor = base.owner.tensor
-    is_plain = base.is_readable and tensor.is_contiguous() and tensor.numel() > 0
-    has_version = not tensor.is_inference()
-    is_composed = hasattr(tensor, "__tensor_flatten__")
-    return is_plain and has_version and not is_composed and not base.replayed
+    is_composed = hasattr(tensor, "__tensor_flatten__") or tensor.layout is not torch.strided
+    if is_composed or base.replayed or tensor.is_inference():  # those have no version
+        return False
+    return base.is_readable and tensor.is_contiguous() and tensor.numel() > 0
