@@ -16,6 +16,7 @@ from benchmarks.performance import _growth, _hot, _live, _memory, _processes, _r
 from benchmarks.performance._growth import Growth
 from benchmarks.performance._results import Memory, Profile, Results, Timing
 from benchmarks.performance._workloads import (
+    DEEP,
     GEMMA_BF16,
     GEMMA_NF4,
     LARGE,
@@ -77,15 +78,19 @@ class Extent:
 
 SYNTHETIC = Extent(
     command="make bench",
-    workloads=(TINY, LARGE),
-    memory=(("load", LARGE), ("save", LARGE), ("adapters", TINY)),
+    workloads=(TINY, DEEP, LARGE),
+    memory=(
+        *(("load", each) for each in (DEEP, LARGE)),
+        *(("save", each) for each in (DEEP, LARGE)),
+        ("adapters", TINY),
+    ),
 )
 WITH_GEMMA = Extent(
     command="make bench-gemma",
-    workloads=(TINY, GEMMA_BF16, GEMMA_NF4, LARGE),
+    workloads=(TINY, GEMMA_BF16, GEMMA_NF4, DEEP, LARGE),
     memory=(
-        *(("load", each) for each in (GEMMA_BF16, GEMMA_NF4, LARGE)),
-        *(("save", each) for each in (GEMMA_BF16, LARGE)),
+        *(("load", each) for each in (GEMMA_BF16, GEMMA_NF4, DEEP, LARGE)),
+        *(("save", each) for each in (GEMMA_BF16, DEEP, LARGE)),
         ("adapters", TINY),
     ),
 )

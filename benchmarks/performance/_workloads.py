@@ -119,6 +119,13 @@ MEDIUM = Workload(
     config=lora(96),
     repetitions=9,
 )
+DEEP = Workload(
+    name="deep",
+    title="Llama of TinyLlama's 22 layers, r=64",
+    make=partial(llama, hidden=2048, layers=22, intermediate=5632, vocab=32000),
+    config=lora(64),
+    repetitions=7,
+)
 LARGE = Workload(
     name="large",
     title="Llama with layers of 8B's size, r=64",
@@ -141,7 +148,7 @@ GEMMA_NF4 = Workload(
     repetitions=11,
 )
 WORKLOADS: Mapping[str, Workload] = {
-    each.name: each for each in (TINY, MEDIUM, LARGE, GEMMA_BF16, GEMMA_NF4)
+    each.name: each for each in (TINY, MEDIUM, DEEP, LARGE, GEMMA_BF16, GEMMA_NF4)
 }
 
 
