@@ -35,7 +35,7 @@ def base_checked(view: ModelView, manifest: Manifest, plan: Plan) -> Iterator[Ca
     Raises:
         StateMismatchError: It is another one, or quantized in another way.
     """
-    check_base(_remembering(view.once()), manifest, plan)
+    check_base(_remembering(view.once(), manifest), manifest, plan)
     yield lambda: None
 
 
@@ -45,15 +45,17 @@ def check_base_if_changed(view: ModelView, manifest: Manifest, plan: Plan) -> No
     Raises:
         StateMismatchError: It is another one, or quantized in another way.
     """
-    view = _remembering(view.once())
+    view = _remembering(view.once(), manifest)
     if view.looks is not None:
         known = view.looks.unchanged(manifest.sections["base_model"].tensors)
         view = attrs.evolve(view, known=known)
     check_base(view, manifest, plan)
 
 
-def _remembering(view: ModelView) -> ModelView:
-    """The view for a comparison that has what it reads remembered."""
+def _remembering(view: ModelView, manifest: Manifest) -> ModelView:
+    """The view for a comparison that has what it reads remembered, if it reads every byte."""
+    if manifest.sections["base_model"].fingerprint != "full":
+        return view
     return attrs.evolve(view, looks=Looks.of(base_tensors(view)))
 
 
@@ -78,7 +80,7 @@ def base_checked_meanwhile(
         with base_checked(view, manifest, plan) as nothing_left:
             yield nothing_left
         return
-    remembering = _remembering(view.once())
+    remembering = _remembering(view.once(), manifest)
     put_back = {*record.changed, *record.shadowed}
     fixed = {name: tensor for name, tensor in record.tensors.items() if name not in put_back}
     large = large_tensors(remembering, fixed)

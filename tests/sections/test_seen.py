@@ -12,6 +12,7 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 import peftstate
+from benchmarks.performance._workloads import bare
 from peftstate import errors
 from peftstate.sections import _bitsandbytes, _seen
 from peftstate.sections._base_tensors import base_tensors
@@ -76,13 +77,6 @@ def test_trainable_tensors_are_read_each_time(live, digested):
     assert tuple(weight.shape) in digested
 
 
-def bare(model):
-    """The base model of a model, without its adapters."""
-    base = model.unload()
-    vars(base).pop("peft_config", None)  # which older releases of PEFT leave there
-    return base
-
-
 def test_verify_reads_all_of_the_base(live, digested):
     """Whatever was seen: who asks wants to know."""
     model, folder = live
@@ -138,6 +132,17 @@ def test_the_same_bytes_of_another_dtype_are_read(large, dtype):
     weight.data = weight.data.view(dtype)
     with pytest.raises(errors.BaseModelMismatchError, match=r"model\.norm\.weight"):
         model.load_adapter(folder, "second")
+
+
+@pytest.mark.parametrize("fingerprint", ["sampled", "off"])
+def test_nothing_is_looked_at_that_is_not_read(large_base, tmp_path, monkeypatch, fingerprint):
+    """Where not every byte is compared, a look would cost what is to be saved."""
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = peftstate.get_peft_model(large_base(), lora)
+    model.save_pretrained(tmp_path, fingerprint=fingerprint)
+    monkeypatch.setattr(_seen.Looks, "of", lambda _: pytest.fail("looked"))
+    loaded = peftstate.PeftModel.from_pretrained(large_base(), tmp_path, is_trainable=False)
+    loaded.load_adapter(tmp_path, "second")
 
 
 def test_what_was_never_digested_is_not_known(large_base, tmp_path):

@@ -128,8 +128,9 @@ class Looks:
             if seen.look != self._looks[id(base.owner.tensor)]:
                 return frozenset()
             record = saved.get(name)
-            digest = seen.digests.get((name, "" if record is None else record.dtype))
-            if record is not None and digest is not None and digest == record.digest:
+            if record is None or record.digest is None:
+                continue
+            if seen.digests.get((name, record.dtype)) == record.digest:
                 found.add(name)
         return frozenset(found)
 
