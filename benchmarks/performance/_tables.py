@@ -157,8 +157,8 @@ def _milliseconds_or_none(seconds: float | None) -> str:
 
 
 def _limits(results: Results, found: Profile, path: str) -> Iterator[str]:
-    """What no check of every byte can beat: the base model's, but where it was read before."""
-    size = found.adapter_bytes + (0 if path in profile.READ_BEFORE else found.base_bytes)
+    """What no check of every byte can beat: the base model's, but for a further adapter."""
+    size = found.adapter_bytes + (0 if path == "load_adapter" else found.base_bytes)
     for rate in (results.rates.blake3, results.rates.memory):
         yield f"{1e3 * size / rate:.1f}"
 

@@ -179,8 +179,6 @@ PATHS: Mapping[str, Callable[[Bench], dict[str, float]]] = {
     "load_adapter": of_load_adapter,
     "save_pretrained": of_save,
 }
-READ_BEFORE = frozenset({"load_adapter"})
-"""The paths that do not read the base model, for an earlier load has."""
 
 
 def medians(

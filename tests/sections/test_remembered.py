@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import peftstate
+from benchmarks.performance._workloads import bare
 from peftstate import errors
 from peftstate.sections import _remembered
 from peftstate.sections._remembered import WORTH_IT, remembered_digest
@@ -33,13 +34,6 @@ def xxh3(monkeypatch):
 
     monkeypatch.setattr(_remembered, "xxh3_128_digest", counting)
     return sizes
-
-
-def bare(model):
-    """The base model of a model, without its adapters."""
-    base = model.unload()
-    vars(base).pop("peft_config", None)  # which older releases of PEFT leave there
-    return base
 
 
 @pytest.fixture
