@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import pytest
 import torch
 
@@ -56,6 +58,18 @@ def test_another_base_is_refused_in_the_same_words(saved, load_base, monkeypatch
     meanwhile = refusal(another(load_base), saved, errors.BaseModelMismatchError)
     assert meanwhile == before
     assert "base_model.tensors[model.layers.0.mlp.up_proj.weight].digest" in before
+
+
+@pytest.mark.parametrize("large", [_ahead.LARGE, 0])
+def test_a_traceback_has_one_error(saved, load_base, monkeypatch, large):
+    """That of the base model, however it was found out."""
+    monkeypatch.setattr(_ahead, "LARGE", large)
+    base = another(load_base)
+    with pytest.raises(errors.BaseModelMismatchError) as caught:
+        peftstate.PeftModel.from_pretrained(base, saved)
+    text = "".join(traceback.format_exception(caught.value))
+    assert text.count("BaseModelMismatchError: ") == 1
+    assert "RestoreError" not in text
 
 
 @pytest.mark.usefixtures("all_large")

@@ -91,7 +91,7 @@ def base_checked_meanwhile(
         yield partial(_end, ahead)
     except Exception:
         if ahead.differs():
-            check_base(view.now(), manifest, plan)
+            _check_all(view.now(), manifest, plan)
         raise
     finally:
         ahead.end()
@@ -103,8 +103,17 @@ def _check_rest(view: ModelView, manifest: Manifest, plan: Plan, large: Abstract
     try:
         check_base(rest, manifest, plan)
     except StateMismatchError:
-        check_base(view, manifest, plan)
+        if large:
+            _check_all(view, manifest, plan)
         raise
+
+
+def _check_all(view: ModelView, manifest: Manifest, plan: Plan) -> None:
+    """Compare all of the base model, and say nothing of what led to it."""
+    try:
+        check_base(view, manifest, plan)
+    except StateMismatchError as error:
+        raise error from None
 
 
 def _end(ahead: Ahead) -> None:
