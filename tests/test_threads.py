@@ -12,6 +12,7 @@ import warnings
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraModel
 
 import peftstate
 from benchmarks import _interrupts, threads
@@ -58,6 +59,29 @@ def test_concurrent_loads_into_one_model(workshop):
 def test_saves_during_loads(workshop):
     """What a save records is not what another thread is just doing."""
     assert threads.saves(workshop, 3).broken == []
+
+
+@pytest.mark.parametrize("step", ["from_pretrained", "load_adapter"])
+def test_models_made_in_other_threads_have_weights(generations, tmp_path, monkeypatch, step):
+    """An adapter's layers are made without weights while it loads; what others make is not."""
+    PEFTSTATE.save(generations.models[1], tmp_path)
+    live = make(generations.base, 0) if step == "load_adapter" else None
+    create = LoraModel._create_and_replace
+    made = []
+
+    def creating(*args, **kwargs):
+        other = threading.Thread(target=lambda: made.append(torch.nn.Linear(8, 8).weight))
+        other.start()
+        other.join()
+        create(*args, **kwargs)
+
+    monkeypatch.setattr(LoraModel, "_create_and_replace", creating)
+    if live is None:
+        PEFTSTATE.load(copy.deepcopy(generations.base), tmp_path)
+    else:
+        live.load_adapter(tmp_path, "further")
+    assert made
+    assert all(weight.device.type == "cpu" and weight.any() for weight in made)
 
 
 def test_the_model_runs_on_while_a_load_fails(generations, tmp_path, monkeypatch):

@@ -8,11 +8,14 @@ that is needed: what `peft.PeftModel.from_pretrained` and `load_adapter` do besi
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from peftstate._calls import calling_peft
 
@@ -78,12 +81,18 @@ def _is_plain_lora(config: Mapping[str, Json]) -> bool:
     """Whether an adapter is LoRA without a variant, so that A and B are all it has."""
     if config.get("peft_type") != "LORA" or not isinstance(config.get("init_lora_weights"), bool):
         return False
-    defaults = LoraConfig().to_dict()
+    defaults = _defaults()
     return all(
         not value or value == defaults.get(key)
         for key, value in config.items()
         if key not in _OF_PLAIN_LORA
     )
+
+
+@cache
+def _defaults() -> Mapping[str, Json]:
+    """The config of LoRA as PEFT has it if nothing is said."""
+    return LoraConfig().to_dict()
 
 
 _OF_PLAIN_LORA = frozenset(
@@ -113,13 +122,37 @@ _OF_PLAIN_LORA = frozenset(
 """Fields of a config that make no variant of LoRA."""
 
 
+class _OnMeta(TorchFunctionMode):
+    """Makes tensors on the meta device, and draws no values for them, in this thread only.
+
+    PEFT's `low_cpu_mem_usage` does the former by way of `nn.Module`, so that models which other
+    threads make meanwhile have no weights either (`peft/utils/integrations.py::_init_on_device`).
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _MAKERS:
+            return func(*args, **{**kwargs, "device": META})
+        if func in _INITIALISERS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+_MAKERS = frozenset({torch.empty, torch.ones, torch.rand, torch.randn, torch.zeros})
+_INITIALISERS = frozenset({init.kaiming_uniform_, init.normal_, init.uniform_})
+"""Of these, torch runs those that draw for the meta device in Python."""
+
+
 @contextmanager
-def _undrawn(config: Any) -> Iterator[None]:
-    """Have PEFT not go through the initialisation of weights that are on the meta device."""
+def _without_weights(config: Any) -> Iterator[None]:
+    """Have PEFT make an adapter on the meta device, and not initialise it."""
     initialisation = config.init_lora_weights
     config.init_lora_weights = False
     try:
-        yield
+        with calling_peft(), _OnMeta():
+            yield
     finally:
         config.init_lora_weights = initialisation
 
@@ -138,8 +171,8 @@ def wrap(base: nn.Module, config: PeftConfig, name: str, *, is_trainable: bool) 
     """
     config.inference_mode = not is_trainable
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", peft.PeftModel)
-    with calling_peft(), _undrawn(config):
-        model = cls(base, config, name, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    with _without_weights(config):
+        model = cls(base, config, name, autocast_adapter_dtype=False)
     return model if is_trainable else model.eval()
 
 
@@ -155,8 +188,8 @@ def add(model: peft.PeftModel, config: PeftConfig, name: str) -> Any:
         What PEFT returns: the keys that are missing, and those that were not expected.
     """
     config.inference_mode = True
-    with calling_peft(), _undrawn(config):
+    with _without_weights(config):
         model._check_new_adapter_config(config, is_trainable=False)
-        peft.PeftModel.add_adapter(model, name, config, low_cpu_mem_usage=True)
-        model.eval()
+        peft.PeftModel.add_adapter(model, name, config)
+    model.eval()
     return torch.nn.modules.module._IncompatibleKeys([], [])
