@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -80,6 +82,25 @@ def test_all_differences_are_named(saved, load_base):
     text = refusal(base, saved, errors.BaseModelMismatchError)
     assert "rms_norm_eps" in text
     assert "up_proj" in text
+
+
+@pytest.mark.usefixtures("all_large")
+@pytest.mark.parametrize("fails", [False, True])
+def test_threads_wait_as_long_as_before(saved, load_base, monkeypatch, fails):
+    """Those that digest must not wait for Python's lock; after a load all is as it was."""
+    usual, during, wrap = sys.getswitchinterval(), [], _models.wrap
+
+    def wrapping(*args, **kwargs):
+        during.append(sys.getswitchinterval())
+        if fails:
+            raise ValueError("does not fit")
+        return wrap(*args, **kwargs)
+
+    monkeypatch.setattr(_models, "wrap", wrapping)
+    with pytest.raises(errors.AdapterLoadError) if fails else nullcontext():
+        peftstate.PeftModel.from_pretrained(load_base("bf16"), saved)
+    assert during == [pytest.approx(1e-4)]
+    assert sys.getswitchinterval() == usual
 
 
 @pytest.mark.usefixtures("all_large")

@@ -36,7 +36,7 @@ def test_read_file(tmp_path: Path) -> None:
         read_file(tmp_path / "file", inside=[tmp_path], limit=3)
 
 
-@pytest.mark.parametrize("size", [0, 1, 2**16, 2**21 + 77])
+@pytest.mark.parametrize("size", [0, 1, 2**16, 2**21 + 77, 2**24 + 77])
 def test_read_into_memory_of_its_own(tmp_path: Path, size: int) -> None:
     """What is done to what was read changes neither the file nor what another reads."""
     content = random.Random(size).randbytes(size)
@@ -174,6 +174,46 @@ def test_read_file_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         patch.setattr(os, "fstat", then_grow)
         with pytest.raises(IntegrityError, match="saved 4 bytes, found a file that is being"):
             read_file(tmp_path / "file", inside=[tmp_path])
+
+
+@pytest.mark.parametrize("size", [4, 2**24])
+def test_read_file_that_shrinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """A file that was cut off meanwhile is none either, however long it is."""
+    (tmp_path / "file").write_bytes(bytes(size))
+    fstat = os.fstat
+
+    def then_shrink(descriptor: int) -> os.stat_result:
+        status = fstat(descriptor)
+        os.truncate(tmp_path / "file", size - 1)
+        return status
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", then_shrink)
+        with pytest.raises(IntegrityError, match=f"saved {size} bytes, found a file that is being"):
+            read_file(tmp_path / "file", inside=[tmp_path])
+
+
+def test_read_what_comes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system may give less than it is asked for, and the rest when it is asked again."""
+    content = random.Random(0).randbytes(2**24 + 5)
+    (tmp_path / "file").write_bytes(content)
+    preadv = os.preadv
+
+    def in_parts(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        (buffer,) = buffers
+        return preadv(descriptor, [buffer[: 2**20 + 1]], offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", in_parts)
+        assert bytes(read_file(tmp_path / "file", inside=[tmp_path])) == content
+
+
+def test_read_without_reads_from_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, where a file is read from its beginning to its end."""
+    content = random.Random(0).randbytes(2**21 + 5)
+    (tmp_path / "file").write_bytes(content)
+    monkeypatch.delattr(os, "preadv")
+    assert bytes(read_file(tmp_path / "file", inside=[tmp_path])) == content
 
 
 def test_read_leaves_no_descriptor(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ BELOW_SECTIONS = {
     "_progress",
     "_snapshot",
     "_warn",
+    "_work",
     "errors",
     "sections",
 }

@@ -168,7 +168,7 @@ def _of_bench(bench: Bench, workload: Workload, repetitions: int) -> Iterator[Ti
         ("from_pretrained", "", _live.first_load(bench, repetitions)),
         ("from_pretrained", ", read before", _live.further_load(bench, repetitions)),
         ("save_pretrained", "", first),
-        ("save_pretrained", ", saved before, nothing changed", second),
+        ("save_pretrained", ", saved twice before, nothing changed", second),
     ):
         title = workload.title + situation
         yield Timing(path=path, workload=title, against=PEFT.name, times=times)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from peftstate._steps import Plan, check_base
+from peftstate._work import switching_often
 from peftstate.errors import RestoreError, StateMismatchError
 from peftstate.sections._ahead import Ahead, large_tensors
 from peftstate.sections._base_tensors import base_tensors
@@ -69,7 +70,8 @@ def base_checked_meanwhile(
     it has to be as it was before.
 
     Returns:
-        What ends the comparison: to be called before anything writes to the model's tensors.
+        What ends the comparison. Before it is called, nothing may write into the memory of a tensor
+        that the record does not say is changed, as a merge does into others'; casts make new ones.
 
     Raises:
         StateMismatchError: It is another one, or quantized in another way.
@@ -86,15 +88,16 @@ def base_checked_meanwhile(
     large = large_tensors(remembering, fixed)
     _check_rest(remembering, manifest, plan, large.keys())
     # not before: small operations of torch would wait for a core again and again
-    ahead = Ahead.begun(remembering, large)
-    try:
-        yield partial(_end, ahead)
-    except Exception:
-        if ahead.differs():
-            _check_all(view.now(), manifest, plan)
-        raise
-    finally:
-        ahead.end()
+    with switching_often():
+        ahead = Ahead.begun(remembering, large)
+        try:
+            yield partial(_end, ahead)
+        except Exception:
+            if ahead.differs():
+                _check_all(view.now(), manifest, plan)
+            raise
+        finally:
+            ahead.end()
 
 
 def _check_rest(view: ModelView, manifest: Manifest, plan: Plan, large: AbstractSet[str]) -> None:

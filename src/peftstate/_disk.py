@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 
+from peftstate._work import in_threads
 from peftstate.errors import IntegrityError, UnreadableFileError
 
 if sys.platform != "win32":
@@ -186,8 +187,7 @@ def _read(path: Path, descriptor: int, limit: int | None, size: int | None) -> m
         if size is not None and status.st_size != size:
             raise IntegrityError(str(path), f"{size} bytes", f"{status.st_size} bytes")
         data = _memory(status.st_size)
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            is_whole = file.readinto(data) == len(data) and not file.read(1)
+        is_whole = _fill(data, descriptor)
     finally:
         os.close(descriptor)
     if not is_whole:
@@ -195,6 +195,36 @@ def _read(path: Path, descriptor: int, limit: int | None, size: int | None) -> m
     return data
 
 
+def _fill(data: memoryview, descriptor: int) -> bool:
+    """Read an open file into memory, and say whether it has as many bytes.
+
+    Most of the time goes into giving the memory its pages, which several threads do at once.
+    """
+    if not hasattr(os, "preadv"):  # on Windows
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.readinto(data) == len(data) and not file.read(1)
+    starts = range(0, len(data), _AT_ONCE)
+    filled = in_threads(
+        starts,
+        lambda start: _fill_piece(data[start : start + _AT_ONCE], descriptor, start),
+        nbytes=len(data),
+    )
+    return all(filled) and not os.pread(descriptor, 1, len(data))
+
+
+def _fill_piece(piece: memoryview, descriptor: int, start: int) -> bool:
+    """Read the bytes of an open file from one on, and say whether there are as many."""
+    filled = 0
+    while filled < len(piece):  # a network file system may give less than it is asked for
+        read = os.preadv(descriptor, [piece[filled:]], start + filled)
+        if read == 0:
+            return False
+        filled += read
+    return True
+
+
+_AT_ONCE = 8 * 1024 * 1024
+"""Bytes that a thread reads before it asks for more."""
 BOUNDARY = 64
 """Bytes; where torch puts tensors (`c10/core/alignment.h`)."""
 _LARGE = 64 * 1024

@@ -103,11 +103,11 @@ def load_model(
         put_back_initialisation(view, source.adapters)
         walked = view.now()
         set_tensors(walked, source.adapters, manifest, plan)
-        end_check()
         restore_sections(walked, manifest, plan)
         if manifest.sections["adapters"].merged:  # embeddings in the file are merged already
             set_tensors(walked, source.adapters, manifest, plan)
         report = compare_restored(view, manifest, plan)
+        end_check()
         loaded = finish(view.model, _origin.of_loaded(view, manifest.sections["base_model"]))
         tell("loaded", source.folder.path, manifest, since=began, sections=report.sections)
         return loaded

@@ -92,7 +92,8 @@ def _is_plain_lora(config: Mapping[str, Json]) -> bool:
 @cache
 def _defaults() -> Mapping[str, Json]:
     """The config of LoRA as PEFT has it if nothing is said."""
-    return LoraConfig().to_dict()
+    defaults: Mapping[str, Json] = LoraConfig().to_dict()
+    return defaults
 
 
 _OF_PLAIN_LORA = frozenset(

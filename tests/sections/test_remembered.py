@@ -69,6 +69,36 @@ def test_the_third_load_digests_no_large_tensor(loaded, digested, xxh3):
     assert not {tuple(tensor.shape) for tensor in large} & set(digested)
 
 
+def test_the_third_save_digests_no_large_tensor(large_base, tmp_path, digested, xxh3):
+    """As a training run saves checkpoints; to look at the model before it is trained is a first."""
+    base = large_base()
+    model = peftstate.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear"))
+    for number in range(3):
+        digested.clear()
+        xxh3.clear()
+        model.save_pretrained(tmp_path / str(number))
+    frozen = [tensor for name, tensor in base.named_parameters() if "lora" not in name]
+    large = [tensor for tensor in frozen if tensor.nbytes >= WORTH_IT]
+    assert sorted(xxh3) == sorted(tensor.nbytes for tensor in large)
+    assert len(large) > 10
+    assert not {tuple(tensor.shape) for tensor in large} & set(digested)
+    first, last = (peftstate.read_manifest(tmp_path / number) for number in "02")
+    assert last.sections["base_model"] == first.sections["base_model"]
+
+
+def test_a_save_sees_one_value(loaded, large_base):
+    """One that no look falls on is in the manifest of the next save, by its name."""
+    base, folder = loaded
+    model = peftstate.PeftModel.from_pretrained(base, folder, is_trainable=False)
+    model.get_base_model().get_input_embeddings().weight.data[5, 77] += 1
+    model.save_pretrained(folder)
+    saved = peftstate.read_manifest(folder).sections["base_model"]
+    assert saved.changed == ("model.embed_tokens.weight",)
+    loaded_again = peftstate.PeftModel.from_pretrained(large_base(), folder, is_trainable=False)
+    now = loaded_again.get_base_model().get_input_embeddings().weight
+    assert torch.equal(now, base.get_input_embeddings().weight)
+
+
 def test_one_value_is_seen(loaded):
     """Written past torch, and to none of the places that a look falls on."""
     base, folder = loaded

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import attrs
 import pytest
 import torch
@@ -18,7 +16,6 @@ from peftstate.sections._tensors import (
     digest,
     dtype_name,
     dtype_named,
-    in_threads,
     is_readable,
     sidecar_tensors,
     tensor_record,
@@ -204,19 +201,3 @@ def test_sidecar_tensors_are_filled_in(record, tensors):
     assert filled == record
     assert [tensor.load() for tensor in sidecar_tensors(filled)] == list(tensors.values())
     assert filled.plain == 1
-
-
-def test_work_in_threads_keeps_the_order():
-    """Results come in the order of the jobs, whichever is done first."""
-
-    def work(job: int) -> int:
-        time.sleep(0.05 if job == 0 else 0)
-        return job
-
-    assert in_threads(range(4), work) == [0, 1, 2, 3]
-
-
-def test_error_in_a_thread_is_raised():
-    """A tensor that cannot be digested is no tensor without a digest."""
-    with pytest.raises(ZeroDivisionError):
-        in_threads([1, 0], lambda job: 1 / job)

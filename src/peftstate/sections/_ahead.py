@@ -1,20 +1,19 @@
 """Digests of a base model's large tensors, computed while an adapter is put into it.
 
-Only large ones: whenever a thread has done with a tensor it waits, for up to
-`sys.getswitchinterval`, until the thread that works on the model lets it go on.
+Only large ones: whenever a thread has done with a tensor it waits until the thread that works on
+the model lets it go on.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import attrs
 
 from peftstate._progress import progress
+from peftstate._work import Work
 from peftstate.errors import RestoreError
 from peftstate.sections import _bitsandbytes_forms as forms
 from peftstate.sections._base_tensors import BaseTensor, base_tensors
@@ -23,10 +22,32 @@ from peftstate.sections._seen import Looks
 from peftstate.sections._tensors import TensorRecord
 
 if TYPE_CHECKING:
+    import torch
+
     from peftstate.sections._view import ModelView
 
-LARGE = 16 * 1024 * 1024
-"""Bytes; BLAKE3 takes 2 ms for them."""
+LARGE = 256 * 1024
+"""Bytes; BLAKE3 takes about as long for them as Python to ask for it."""
+
+
+@attrs.frozen
+class _Job:
+    """A tensor to digest, over a dtype."""
+
+    name: str
+    tensor: torch.Tensor
+    dtype: str
+
+    def run(self) -> str | RestoreError:
+        """The digest, or why there is none."""
+        try:
+            return remembered_digest(self.tensor, self.dtype)
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+            reason = f"{type(error).__name__}: {error}"
+            message = f"the tensor {self.name} of the base model could not be read ({reason})"
+            failure = RestoreError("base_model", message)
+            failure.__cause__ = error
+            return failure
 
 
 @attrs.frozen
@@ -39,8 +60,9 @@ class Ahead:
 
     saved: Mapping[str, TensorRecord]
     _looks: Looks | None
-    _found: Mapping[str, Future[str]]
-    _pool: ThreadPoolExecutor
+    _keys: Mapping[str, tuple[int, str]]
+    _jobs: Sequence[tuple[int, str]]
+    _work: Work[_Job, str | RestoreError]
 
     @classmethod
     def begun(cls, view: ModelView, saved: Mapping[str, TensorRecord]) -> Ahead:
@@ -52,16 +74,15 @@ class Ahead:
             view: The bare base model; what is digested goes into its `looks`.
             saved: What `large_tensors` gave.
         """
-        pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="peftstate-digest")
         found = base_tensors(view)
-        jobs: dict[tuple[int, str], Future[str]] = {}  # of tied tensors, one
-        for name, record in saved.items():
-            key = _job(found[name], record)
-            if key not in jobs:
-                tensor = found[name].tensor.detach()  # for the parameter may be given other data
-                jobs[key] = pool.submit(remembered_digest, tensor, record.dtype)
-        by_name = {name: jobs[_job(found[name], record)] for name, record in saved.items()}
-        return cls(saved, view.looks, by_name, pool)
+        keys = {name: _key(found[name], record) for name, record in saved.items()}
+        jobs = {  # of tied tensors one; without the parameter, which may be given other data
+            keys[name]: _Job(name, found[name].tensor.detach(), record.dtype)
+            for name, record in saved.items()
+        }
+        largest_first = sorted(jobs, key=lambda key: jobs[key].tensor.nbytes, reverse=True)
+        work = Work.begun([jobs[key] for key in largest_first], _Job.run)
+        return cls(saved, view.looks, keys, largest_first, work)
 
     def agrees(self) -> bool:
         """Wait, and say whether all the tensors are as they were saved.
@@ -69,23 +90,17 @@ class Ahead:
         Raises:
             RestoreError: One could not be read.
         """
-        with progress("Comparing the base model", len(self.saved), "tensors") as reach:
-            for done, (name, record) in enumerate(self.saved.items(), start=1):
-                if self._digest(name) != record.digest:
-                    return False
-                reach(done)
+        with progress("Comparing the base model", len(self._jobs), "tensors") as reach:
+            found = dict(zip(self._jobs, self._work.results(reach), strict=True))
+        for name, record in self.saved.items():
+            digest = found[self._keys[name]]
+            if isinstance(digest, RestoreError):
+                raise digest
+            if digest != record.digest:
+                return False
         if self._looks is not None:
             self._looks.note(self.saved.items())
         return True
-
-    def _digest(self, name: str) -> str:
-        """Wait for a digest."""
-        try:
-            return self._found[name].result()
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            message = f"the tensor {name} of the base model could not be read ({reason})"
-            raise RestoreError("base_model", message) from error
 
     def differs(self) -> bool:
         """Wait, and say whether a tensor is another one, as far as they can be read."""
@@ -95,10 +110,10 @@ class Ahead:
 
     def end(self) -> None:
         """Begin with no other tensor, and wait for the rest."""
-        self._pool.shutdown(cancel_futures=True)
+        self._work.end()
 
 
-def _job(base: BaseTensor, record: TensorRecord) -> tuple[int, str]:
+def _key(base: BaseTensor, record: TensorRecord) -> tuple[int, str]:
     """What decides the digest of a tensor."""
     return id(base.owner.tensor), record.dtype
 

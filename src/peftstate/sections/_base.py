@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import attrs
 
-from peftstate._codec import decode, encode
+from peftstate._codec import alike, decode, encode
 from peftstate._diff import Json, Mismatch, diff
 
 if TYPE_CHECKING:
@@ -102,4 +102,6 @@ class Section(Generic[R]):
 
     def compare(self, saved: R, found: R) -> tuple[Mismatch, ...]:
         """The fields in which two records differ."""
+        if alike(saved, found):
+            return ()
         return diff(self.name, encode(saved), encode(found))

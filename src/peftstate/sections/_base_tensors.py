@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
 from peftstate._progress import progress
+from peftstate._work import in_threads
 from peftstate.sections import _bitsandbytes
 from peftstate.sections import _bitsandbytes_forms as forms
 from peftstate.sections._peft_layers import original
 from peftstate.sections._remembered import remembered_digest
-from peftstate.sections._tensors import TensorRecord, in_threads, is_readable, tensor_record
+from peftstate.sections._tensors import TensorRecord, is_readable, tensor_record
 from peftstate.sections._walk import TensorSite
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def records(view: ModelView, tensors: Mapping[str, BaseTensor]) -> dict[str, Ten
         return digests.record(base, sampled=sampled)
 
     with progress("Digesting the base model", len(missing), "tensors") as reach:
-        view.memo.update(described_in_threads(missing, describe, reach))
+        view.memo.update(described_in_threads(missing, describe, reach, remembers=True))
     return {name: view.memo[name] for name in tensors}
 
 
@@ -217,7 +218,6 @@ def described_in_threads(
     describe: Callable[[str, Digests], TensorRecord],
     reach: Callable[[int], object],
     *,
-    unread: Collection[str] = (),
     remembers: bool = False,
 ) -> dict[str, TensorRecord]:
     """Describe tensors, several at a time but for those that take operations of torch.
@@ -228,7 +228,6 @@ def described_in_threads(
         tensors: The tensors by name.
         describe: Describes one of a name, by digests that may be there already.
         reach: Told how many are done.
-        unread: The names of those that `describe` does not read.
         remembers: As in `Digests`.
     """
     digests = Digests(remembers=remembers)
@@ -243,7 +242,7 @@ def described_in_threads(
         wanted,
         lambda name: describe(name, digests),
         lambda number: reach(len(found) + number),
-        nbytes=sum(size for name, size in sizes.items() if name not in unread),
+        nbytes=sum(sizes.values()),
     )
     described = found | dict(zip(wanted, done, strict=True))
     return {

@@ -179,10 +179,13 @@ def canonical_tensors(module: nn.Module) -> Mapping[str, Callable[[], torch.Tens
         return _canonical_scales(state)
     if not is_readable(layer.weight):
         return {}
-    weight = forms.weight_of(module)
-    nibbles = partial(forms.original_order, weight)
-    scales = {f"weight.{key}": make for key, make in _canonical_scales(weight.state).items()}
-    return {"weight": nibbles, **scales}
+    scales = {f"weight.{key}": make for key, make in _canonical_scales(state).items()}
+    return {"weight": partial(_nibbles, module), **scales}
+
+
+def _nibbles(module: nn.Module) -> torch.Tensor:
+    """The nibbles of a 4-bit layer as they are in a fresh one."""
+    return forms.original_order(forms.weight_of(module))
 
 
 def scales_of(module: nn.Module, tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -105,7 +105,7 @@ def plain_tensors(module: nn.Module, adapter: str) -> Iterator[tuple[str, torch.
     from torch import Tensor
 
     for leaf, value in vars(module).items():
-        if leaf in ("_parameters", "_buffers"):
+        if type(value) is not dict or leaf in ("_parameters", "_buffers"):
             continue
-        if type(value) is dict and isinstance(tensor := value.get(adapter), Tensor):
+        if isinstance(tensor := value.get(adapter), Tensor):
             yield leaf, tensor

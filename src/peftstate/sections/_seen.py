@@ -11,7 +11,7 @@ every place of every tensor. Trainable tensors are read each time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,14 @@ import attrs
 from xxhash import xxh3_128
 
 from peftstate.sections import _bitsandbytes
+from peftstate.sections._tensors import is_readable
 
 if TYPE_CHECKING:
     import torch
 
     from peftstate.sections._base_tensors import BaseTensor
     from peftstate.sections._tensors import TensorRecord
+    from peftstate.sections._walk import TensorSite
 
 STRIDE = 64 * 1024
 """Bytes of a tensor of which `PLACE` bytes are looked at; of a shorter one, all."""
@@ -43,16 +45,18 @@ class _Look:
     places: bytes
 
     @classmethod
-    def of(cls, tensors: Sequence[torch.Tensor]) -> _Look:
-        """Look at contiguous tensors."""
+    def of(cls, owner: TensorSite) -> _Look:
+        """Look at a contiguous tensor, and at what it makes up a quantized weight with."""
+        parts = [owner.tensor, *_bitsandbytes.scales_of(owner.module, owner.tensor)]
+        tensors = [part.detach() for part in parts]  # is of the same version, but no subclass
         hasher = xxh3_128()
         for tensor in tensors:
             hasher.update(_places(tensor).cpu().numpy().data)
         return cls(
-            tuple(tensor.data_ptr() for tensor in tensors),
+            tuple([tensor.data_ptr() for tensor in tensors]),
             # scales may be of inference mode, where there is no version
-            tuple(-1 if each.is_inference() else each._version for each in tensors),
-            tuple((each.dtype, each.shape) for each in tensors),
+            tuple([-1 if each.is_inference() else each._version for each in tensors]),
+            tuple([(each.dtype, each.shape) for each in tensors]),
             hasher.digest(),
         )
 
@@ -61,7 +65,7 @@ def _places(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor that are looked at."""
     import torch
 
-    raw = tensor.detach().reshape(-1).view(torch.uint8)
+    raw = tensor.reshape(-1).view(torch.uint8)
     if raw.numel() <= STRIDE:
         return raw
     number = (raw.numel() - PLACE) // STRIDE + 1
@@ -106,11 +110,12 @@ class Looks:
     @classmethod
     def of(cls, bases: Mapping[str, BaseTensor]) -> Looks:
         """Look at the tensors of a base model."""
-        told = {name: base for name, base in bases.items() if _tells(base)}
-        owners = {id(base.owner.tensor): base.owner for base in told.values()}
-        looks = {
-            key: _Look.of([owner.tensor, *_bitsandbytes.scales_of(owner.module, owner.tensor)])
-            for key, owner in owners.items()
+        owners = {id(base.owner.tensor): base.owner for base in bases.values()}
+        looks = {key: _Look.of(owner) for key, owner in owners.items() if _tells(owner.tensor)}
+        told = {
+            name: base
+            for name, base in bases.items()
+            if id(base.owner.tensor) in looks and not base.replayed
         }
         return cls(told, looks)
 
@@ -148,12 +153,12 @@ class Looks:
                 seen.digests[name, record.dtype] = record.digest
 
 
-def _tells(base: BaseTensor) -> bool:
-    """Whether a look at a tensor tells of it: it is in one piece, and nothing is merged into it."""
+def _tells(tensor: torch.Tensor) -> bool:
+    """Whether a look at a tensor tells of it: it is there, in one piece, and has a version."""
     import torch
 
-    tensor = base.owner.tensor
-    is_composed = hasattr(tensor, "__tensor_flatten__") or tensor.layout is not torch.strided
-    if is_composed or base.replayed or tensor.is_inference():  # those have no version
+    if hasattr(tensor, "__tensor_flatten__") or tensor.layout is not torch.strided:
         return False
-    return base.is_readable and tensor.is_contiguous() and tensor.numel() > 0
+    if tensor.is_inference() or not is_readable(tensor):
+        return False
+    return tensor.is_contiguous() and tensor.numel() > 0

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +10,7 @@ import attrs
 
 from peftstate._codec import NOT_JSON
 from peftstate._digest import pieces_digest
+from peftstate._work import in_threads
 from peftstate.sections._host_bytes import host_bytes
 
 if TYPE_CHECKING:
@@ -226,50 +224,3 @@ def tensor_records(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorRecor
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     records = in_threads((tensors[name] for name in names), tensor_record, nbytes=nbytes)
     return dict(zip(names, records, strict=True))
-
-
-WORTH_A_THREAD = 4 * 1024 * 1024
-"""Bytes; BLAKE3 takes half a millisecond for them, about as long as a thread takes to start."""
-
-
-def in_threads(
-    jobs: Iterable[Any],
-    work: Any,
-    reach: Callable[[int], object] = lambda _: None,
-    *,
-    nbytes: int = WORTH_A_THREAD,
-) -> list[Any]:
-    """Do the same work on many tensors; BLAKE3 and torch let go of the GIL.
-
-    This thread takes jobs like the others; for small tensors handing each over would take longer.
-
-    Args:
-        jobs: The tensors, or what stands for them.
-        work: What is done with each.
-        reach: Told by this thread how many are done.
-        nbytes: Bytes that there are to read.
-    """
-    todo = deque(enumerate(jobs))
-    done: dict[int, Any] = {}
-
-    def run(reach: Callable[[int], object] = lambda _: None) -> None:
-        while True:
-            try:
-                index, job = todo.popleft()
-            except IndexError:
-                return
-            done[index] = work(job)
-            reach(len(done))
-
-    others = 0
-    if nbytes >= WORTH_A_THREAD:
-        others = min(os.cpu_count() or 1, len(todo)) - 1
-    with ThreadPoolExecutor(max_workers=max(others, 1)) as pool:
-        running = [pool.submit(run) for _ in range(others)]
-        try:
-            run(reach)
-        finally:
-            todo.clear()
-        for other in running:
-            other.result()
-    return [done[index] for index in range(len(done))]

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import attrs
 
-from peftstate._modules import is_container
+from peftstate._modules import is_container, is_layer_of_peft
 from peftstate.sections._peft_layers import (
     cached_layers,
     is_adapted_attention,
@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 Part: TypeAlias = Literal["base", "model", "adapter"]
 
 
-@attrs.frozen
-class Site:
-    """A module and the part of the model that it belongs to.
+class Site(NamedTuple):
+    """A module and the part of the model that it belongs to; a tuple, for a load makes thousands.
 
     Attributes:
         part: The part.
@@ -56,9 +55,8 @@ class Site:
     adapted: bool = False
 
 
-@attrs.frozen
-class TensorSite:
-    """A parameter, a buffer or another tensor, and the module that holds it.
+class TensorSite(NamedTuple):
+    """A parameter, a buffer or another tensor, and the module that holds it; a tuple, too.
 
     Attributes:
         part: The part of the model that the tensor belongs to.
@@ -130,17 +128,25 @@ def tensors(model: Any, sites: Iterable[Site]) -> list[TensorSite]:
     adapters = frozenset(getattr(model, "peft_config", ())) if is_peft_model(model) else frozenset()
     found: dict[tuple[str, str | None, str], TensorSite] = {}
     for site in sites:
-        for tensor in _tensors_of(site, adapters):
-            found.setdefault((tensor.part, tensor.adapter, tensor.name), tensor)
+        if _may_hold(site):
+            for tensor in _tensors_of(site, adapters):
+                found.setdefault((tensor.part, tensor.adapter, tensor.name), tensor)
     return list(found.values())
+
+
+def _may_hold(site: Site) -> bool:
+    """Whether tensors may hang on a module itself, which most of PEFT's containers are without."""
+    if site.module._parameters or site.module._buffers:
+        return True
+    cls: type = type(site.module)
+    return site.adapter is not None and is_layer_of_peft(cls)
 
 
 def _tensors_of(site: Site, adapters: frozenset[str]) -> Iterator[TensorSite]:
     """The tensors that hang on one module itself."""
     module = site.module
     keyed = site.part != "base" and is_container(module)
-    held = [*module._parameters.items(), *module._buffers.items()]
-    for leaf, tensor in held:
+    for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is None:
             continue
         owner = leaf if keyed and leaf in adapters else site.adapter
@@ -310,7 +316,7 @@ class _Walk:
 
     def _walk_peft(self, module: nn.Module, live: str, *, adapter: str | None) -> None:
         """What PEFT puts around or beside the base model."""
-        if module is self._base or getattr(module, "_orig_mod", None) is self._base:
+        if module is self._base or module._modules.get("_orig_mod") is self._base:
             self._walk_base(self._base, "", live)
             return
         if adapter is None and is_container(module):

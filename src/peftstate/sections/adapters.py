@@ -264,7 +264,7 @@ def _scaling(view: ModelView, adapter: str) -> Table[float]:
 
 def _scaling_in(site: Site) -> dict[str, float]:
     """The factors that a layer applies, by the adapters' names; those of other modules are none."""
-    scaling = getattr(site.module, "scaling", None)
+    scaling = vars(site.module).get("scaling")
     return scaling if isinstance(scaling, dict) else {}
 
 

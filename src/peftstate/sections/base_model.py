@@ -165,14 +165,12 @@ def _capture_again(
         for name, base in base_tensors(view).items()
         if name in record.tensors or SCALES not in name
     }
+    skipped = (skipped | view.known) & record.tensors.keys()
     unreadable = _unreadable(tensors, record, skipped)
-    skipped |= view.known
     in_full = record.fingerprint == "full"
 
     def describe(name: str, digests: Digests) -> TensorRecord:
         saved = record.tensors.get(name)
-        if saved is not None and name in skipped:
-            return saved
         if saved is not None and name in unreadable:
             return attrs.evolve(saved, shape=tuple(tensors[name].tensor.shape))
         if saved is None or saved.digest is None:
@@ -180,12 +178,12 @@ def _capture_again(
             return tensor_record(tensors[name].tensor, dtype, read=False)
         return digests.record(tensors[name], saved.dtype, sampled=not in_full)
 
-    with progress("Comparing the base model", len(tensors), "tensors") as reach:
-        described = described_in_threads(
-            tensors, describe, reach, unread=skipped, remembers=view.looks is not None
-        )
+    wanted = {name: base for name, base in tensors.items() if name not in skipped}
+    with progress("Comparing the base model", len(wanted), "tensors") as reach:
+        described = described_in_threads(wanted, describe, reach, remembers=view.looks is not None)
     if view.looks is not None and in_full:
-        view.looks.note((name, record) for name, record in described.items() if name not in skipped)
+        view.looks.note(described.items())
+    described |= {name: record.tensors[name] for name in tensors if name in skipped}
     found = _describe(
         view,
         fingerprint=record.fingerprint,

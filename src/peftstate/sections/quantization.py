@@ -8,7 +8,7 @@ compute dtype may be set by hand. For other methods it is the quantization confi
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
@@ -70,8 +70,12 @@ RESTORED = frozenset({"state", "scales"})
 
 def capture(view: ModelView) -> QuantizationRecord:
     """Read the quantization config and the layers of bitsandbytes."""
+    return _describe(view, _layers(view))
+
+
+def _describe(view: ModelView, layers: Mapping[str, nn.Module]) -> QuantizationRecord:
+    """The record of a model with some layers of bitsandbytes."""
     base: Any = view.base
-    layers = _layers(view)
     rewritten = _origin.is_rewritten(view)
     config = _quantization_config.of_model(base)
     method = None if config is None else config.get("quant_method")
@@ -82,8 +86,8 @@ def capture(view: ModelView) -> QuantizationRecord:
         config=config,
         pre_quantized=bool(getattr(getattr(base, "hf_quantizer", None), "pre_quantized", False)),
         modules=_numbered(layers),
-        layers=_table(layers, _bitsandbytes.settings_of),
-        state=_table(layers, _bitsandbytes.state_of),
+        layers=_table({name: _bitsandbytes.settings_of(module) for name, module in layers.items()}),
+        state=_table({name: _bitsandbytes.state_of(module) for name, module in layers.items()}),
         requantized=tuple(
             sorted(
                 site.name
@@ -105,12 +109,22 @@ def capture_like(view: ModelView, record: QuantizationRecord) -> QuantizationRec
     What makes no difference to the outcome is taken over from it: where the quantization came
     from, and forms of layers that lead to the same or that no layer can have on this machine.
     """
-    found, layers = capture(view), _layers(view)
+    layers = _layers(view)
+    found = _describe(view, layers)
     compares_config = {record.method, found.method} - {None, BITSANDBYTES}
-    saved = {module: record.state[name] for name, module in layers.items()}
-    state = _table(layers, lambda module: _comparable_state(module, saved[module]))
-    if not is_peft_model(view.model):
-        found = attrs.evolve(found, layers=_as_merged(record, layers))
+    state = _table(
+        {
+            name: _comparable_state(module, found.state[name], record.state[name])
+            for name, module in layers.items()
+        }
+    )
+    if not is_peft_model(view.model):  # a load merges into the layers of the bare base model
+        requantized = set(record.requantized)
+        settings = {
+            name: record.layers[name] if name in requantized else found.layers[name]
+            for name in layers
+        }
+        found = attrs.evolve(found, layers=_table(settings))
     return attrs.evolve(
         found,
         requantized=record.requantized,
@@ -121,22 +135,13 @@ def capture_like(view: ModelView, record: QuantizationRecord) -> QuantizationRec
     )
 
 
-def _as_merged(record: QuantizationRecord, layers: Mapping[str, nn.Module]) -> Table[LayerSettings]:
-    """The settings of a bare base model's layers; of those that a load merges into, the saved."""
-    requantized = set(record.requantized)
-    settings = {
-        name: record.layers[name] if name in requantized else _bitsandbytes.settings_of(module)
-        for name, module in layers.items()
-    }
-    return Table.of({name: value for name, value in settings.items() if value is not None})
-
-
-def _comparable_state(module: nn.Module, saved: LayerState | None) -> LayerState | None:
+def _comparable_state(
+    module: nn.Module, found: LayerState | None, saved: LayerState | None
+) -> LayerState | None:
     """The state of a layer, in the saved form if the form it has is as good as that one.
 
     The first forward in eval mode packs a fresh layer. In train mode, fresh and packed differ.
     """
-    found = _bitsandbytes.state_of(module)
     if found is None or saved is None:
         return found
     change = (saved.form, found.form)
@@ -222,9 +227,8 @@ def _layers(view: ModelView) -> dict[str, nn.Module]:
     return {name: module for name, module in view.base_modules() if _bitsandbytes.kind_of(module)}
 
 
-def _table(layers: Mapping[str, nn.Module], describe: Callable[[nn.Module], V | None]) -> Table[V]:
-    """The table of something about each layer."""
-    values = {name: describe(module) for name, module in layers.items()}
+def _table(values: Mapping[str, V | None]) -> Table[V]:
+    """The table of something about each layer, where there is anything to say."""
     return Table.of({name: value for name, value in values.items() if value is not None})
 
 

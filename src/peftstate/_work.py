@@ -1,0 +1,121 @@
+"""The same work many times, by several threads, for what lets go of Python's lock meanwhile.
+
+Reading files does, and so do BLAKE3, XXH3 and torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+import attrs
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+
+@attrs.frozen
+class Work(Generic[J, R]):
+    """Work that other threads have begun, and that this one takes a hand in once it waits."""
+
+    _work: Callable[[J], R]
+    _todo: deque[tuple[int, J]]
+    _done: dict[int, R]
+    _others: list[Future[None]]
+    _pool: ThreadPoolExecutor
+
+    @classmethod
+    def begun(cls, jobs: Iterable[J], work: Callable[[J], R], *, alone: bool = False) -> Work[J, R]:
+        """Begin, with a thread for each core but the one that this thread has.
+
+        Args:
+            jobs: What there is to work on.
+            work: What is done with each.
+            alone: Whether to leave it all to this thread, as is worth while for what takes less
+                time than a thread takes to start.
+        """
+        todo = deque(enumerate(jobs))
+        others = 0 if alone else min((os.cpu_count() or 1) - 1, len(todo))
+        pool = ThreadPoolExecutor(max(others, 1), thread_name_prefix="peftstate")
+        begun = cls(work, todo, {}, [], pool)
+        begun._others.extend(pool.submit(begun._run, _ignored) for _ in range(others))
+        return begun
+
+    def results(self, reach: Callable[[int], object]) -> list[R]:
+        """What the work gave, in the order of the jobs, once all are done.
+
+        Args:
+            reach: Told by this thread how many are done.
+        """
+        self._run(reach)
+        for other in self._others:
+            other.result()
+        return [self._done[index] for index in range(len(self._done))]
+
+    def end(self) -> None:
+        """Begin with nothing that is left to do, and wait for what is being done."""
+        self._todo.clear()
+        self._pool.shutdown()
+
+    def _run(self, reach: Callable[[int], object]) -> None:
+        """Do what is left to do."""
+        while True:
+            try:
+                index, job = self._todo.popleft()
+            except IndexError:
+                return
+            self._done[index] = self._work(job)
+            reach(len(self._done))
+
+
+def _ignored(_: int) -> None:
+    """What is told how far a thread is that nobody waits for."""
+
+
+@contextmanager
+def switching_often() -> Iterator[None]:
+    """Have threads that want Python's lock wait for it a tenth of a millisecond.
+
+    Otherwise, after each step of their work, they would wait for 5 ms for a thread that runs Python
+    all the time (`sys.getswitchinterval`), which is longer than the work.
+    """
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(min(usual, _SWITCH_INTERVAL))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
+
+
+_SWITCH_INTERVAL = 1e-4
+"""Seconds; switching takes a tenth of that."""
+
+WORTH_A_THREAD = 4 * 1024 * 1024
+"""Bytes; BLAKE3 takes half a millisecond for them, about as long as a thread takes to start."""
+
+
+def in_threads(
+    jobs: Iterable[J],
+    work: Callable[[J], R],
+    reach: Callable[[int], object] = _ignored,
+    *,
+    nbytes: int = WORTH_A_THREAD,
+) -> list[R]:
+    """Do the same work many times, and wait for it.
+
+    Args:
+        jobs: What there is to work on.
+        work: What is done with each.
+        reach: Told by this thread how many are done.
+        nbytes: Bytes that there are to read.
+    """
+    begun = Work.begun(jobs, work, alone=nbytes < WORTH_A_THREAD)
+    try:
+        return begun.results(reach)
+    finally:
+        begun.end()

@@ -1,0 +1,107 @@
+"""Tests of work that several threads share."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+
+from peftstate._work import WORTH_A_THREAD, Work, in_threads
+
+PATIENCE = 30.0
+"""Seconds after which a thread that a test waits for will never come."""
+
+
+@pytest.fixture(autouse=True)
+def _two_cores(monkeypatch):
+    """Whatever the machine has, there is one other thread."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+
+
+def test_the_order_is_kept():
+    """Results come in the order of the jobs, whichever is done first."""
+
+    def work(job: int) -> int:
+        time.sleep(0.05 if job == 0 else 0)
+        return job
+
+    assert in_threads(range(4), work) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("jobs", [[1, 0], [0, 1], [0], [1, 1, 1, 0]])
+def test_an_error_is_raised(jobs):
+    """A tensor that cannot be digested is no tensor without a digest, whoever reads it."""
+    with pytest.raises(ZeroDivisionError):
+        in_threads(jobs, lambda job: 1 / job)
+
+
+def test_what_takes_no_time_is_left_to_this_thread():
+    """A thread takes longer to start than the work."""
+    assert set(_threads_of(WORTH_A_THREAD - 1)) == {threading.current_thread()}
+
+
+def _threads_of(nbytes: int) -> list[threading.Thread]:
+    """Which thread does each of three jobs."""
+    return in_threads(range(3), lambda _: threading.current_thread(), nbytes=nbytes)
+
+
+def test_one_core_has_no_other_thread(monkeypatch):
+    """The one that works on the model would have to wait for it."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert set(_threads_of(WORTH_A_THREAD)) == {threading.current_thread()}
+
+
+def test_it_begins_before_anybody_waits():
+    """Another thread does what it can in the meantime, in order."""
+    done = threading.Semaphore(0)
+    begun = Work.begun(range(3), lambda job: (done.release(), job)[1])
+    try:
+        assert all(done.acquire(timeout=PATIENCE) for _ in range(3))
+        assert begun.results(lambda _: None) == [0, 1, 2]
+    finally:
+        begun.end()
+
+
+def test_who_waits_takes_a_hand():
+    """While another thread is at one job, this one does the others, and counts."""
+    others_are_done, reached = threading.Event(), []
+
+    def work(job: int) -> threading.Thread:
+        if job == 0:
+            assert others_are_done.wait(PATIENCE)
+        return threading.current_thread()
+
+    def reach(number: int) -> None:
+        reached.append(number)
+        if number == 2:
+            others_are_done.set()
+
+    begun = Work.begun(range(3), work)
+    try:
+        while len(begun._todo) == 3:  # until the other thread has the first one
+            time.sleep(0.001)
+        first, *rest = begun.results(reach)
+    finally:
+        begun.end()
+    assert first is not threading.current_thread()
+    assert set(rest) == {threading.current_thread()}
+    assert reached == [1, 2]
+
+
+def test_nothing_is_begun_after_the_end():
+    """What is being done is waited for, and the rest is left."""
+    may_go_on, done = threading.Event(), []
+
+    def work(job: int) -> None:
+        assert may_go_on.wait(PATIENCE)
+        done.append(job)
+
+    begun = Work.begun(range(100), work)
+    while len(begun._todo) == 100:
+        time.sleep(0.001)
+    threading.Timer(0.05, may_go_on.set).start()
+    begun.end()
+    assert len(done) <= 2
+    assert not begun._todo
