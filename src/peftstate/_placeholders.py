@@ -147,15 +147,30 @@ _INITIALISERS = frozenset({init.kaiming_uniform_, init.normal_, init.uniform_})
 
 
 @contextmanager
-def _without_weights(config: Any) -> Iterator[None]:
-    """Have PEFT make an adapter on the meta device, and not initialise it."""
+def _undrawn(config: Any) -> Iterator[None]:
+    """Have PEFT not go through the initialisation of weights that are on the meta device."""
     initialisation = config.init_lora_weights
     config.init_lora_weights = False
     try:
-        with calling_peft(), _OnMeta():
-            yield
+        yield
     finally:
         config.init_lora_weights = initialisation
+
+
+@contextmanager
+def _made_on_meta(tuner: Any) -> Iterator[None]:
+    """Have a tuner make layers on the meta device, and go over other adapters without the mode."""
+    create = tuner._create_and_replace
+
+    def creating(*args: Any, **kwargs: Any) -> None:
+        with _OnMeta():
+            create(*args, **kwargs)
+
+    tuner._create_and_replace = creating
+    try:
+        yield
+    finally:
+        del tuner._create_and_replace
 
 
 def wrap(base: nn.Module, config: PeftConfig, name: str, *, is_trainable: bool) -> peft.PeftModel:
@@ -172,7 +187,7 @@ def wrap(base: nn.Module, config: PeftConfig, name: str, *, is_trainable: bool) 
     """
     config.inference_mode = not is_trainable
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", peft.PeftModel)
-    with _without_weights(config):
+    with calling_peft(), _undrawn(config), _OnMeta():
         model = cls(base, config, name, autocast_adapter_dtype=False)
     return model if is_trainable else model.eval()
 
@@ -189,7 +204,7 @@ def add(model: peft.PeftModel, config: PeftConfig, name: str) -> Any:
         What PEFT returns: the keys that are missing, and those that were not expected.
     """
     config.inference_mode = True
-    with _without_weights(config):
+    with calling_peft(), _undrawn(config), _made_on_meta(model.base_model):
         model._check_new_adapter_config(config, is_trainable=False)
         peft.PeftModel.add_adapter(model, name, config)
     model.eval()
