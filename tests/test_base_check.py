@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from contextlib import nullcontext
+from functools import partial
 
+import peft
 import pytest
 import torch
+import transformers
 
 import peftstate
-from peftstate import _models, errors
+from peftstate import _loading, _models, _work, errors
 from peftstate.sections import _ahead
 
 pytestmark = pytest.mark.filterwarnings("ignore::peftstate.errors.TrainModeWarning")
@@ -142,3 +146,90 @@ def test_the_same_base_loads_exactly(kind, load_base, with_lora, logits, tmp_pat
     model.save_pretrained(tmp_path)
     loaded = peftstate.PeftModel.from_pretrained(load_base(kind), tmp_path, is_trainable=False)
     assert torch.equal(logits(loaded), logits(model.eval()))
+
+
+@pytest.fixture(params=["bf16", "nf4"])
+def merged(request, load_base, with_lora, tmp_path):
+    """The folder of an adapter that is merged, and what makes its base model."""
+    model = with_lora(load_base(request.param)).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Merge lora module to 4-bit linear")
+        model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    return tmp_path, partial(load_base, request.param)
+
+
+@pytest.mark.usefixtures("all_large")
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit linear:UserWarning")
+@pytest.mark.parametrize("late", [False, True], ids=["another base", "a late failure"])
+def test_a_merge_is_undone(merged, monkeypatch, late):
+    """PEFT adds to the weights in place; the base model of a refused load has its own again."""
+    folder, make_base = merged
+    base = make_base()
+
+    def fail(*_, **__):
+        raise ValueError("at the very end")
+
+    if late:
+        monkeypatch.setattr(_loading, "compare_restored", fail)
+    else:
+        base.get_input_embeddings().weight.data[0, 0] += 1
+    before = {name: tensor.clone() for name, tensor in base.named_parameters()}
+    with pytest.raises(errors.AdapterLoadError if late else errors.BaseModelMismatchError):
+        peftstate.PeftModel.from_pretrained(base, folder)
+    after = dict(base.named_parameters())
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert before.keys() == after.keys()
+
+
+class _Counting(torch.nn.Module):
+    """Writes to a buffer that checkpoints hold whenever it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.runs: torch.Tensor
+        self.register_buffer("runs", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Count, and multiply."""
+        self.runs += 1
+        product: torch.Tensor = self.linear(x)
+        return product
+
+
+def _counting() -> torch.nn.Module:
+    """The same model each time."""
+    torch.manual_seed(0)
+    return _Counting().eval()
+
+
+@pytest.mark.usefixtures("all_large")
+def test_a_forward_that_writes_to_the_model(tmp_path, monkeypatch):
+    """The base model is compared as it was before predictions were, whichever thread does it."""
+    monkeypatch.setattr(_work, "_cores", lambda: 1)
+    config = peft.LoraConfig(target_modules=["linear"], init_lora_weights=False)
+    model = peftstate.get_peft_model(_counting(), config).eval()
+    model.save_pretrained(tmp_path, prediction_probe={"x": torch.ones(1, 8)})
+    assert peftstate.PeftModel.from_pretrained(_counting(), tmp_path)
+
+
+@pytest.mark.usefixtures("all_large")
+def test_a_tensor_that_shares_memory_with_a_changed_one(tmp_path):
+    """Merging into the one changes the other, so that both are compared before."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=8)
+    weights = transformers.GPT2LMHeadModel(config).state_dict()
+
+    def base():
+        made = transformers.GPT2LMHeadModel(config)
+        made.load_state_dict(weights)
+        return made.eval()
+
+    lora = peft.LoraConfig(r=2, target_modules=["wte"], init_lora_weights=False)
+    model = peft.get_peft_model(base(), lora)
+    model.merge_adapter()
+    with pytest.warns(errors.MergedWeightsWarning):
+        peftstate.attach(model.eval()).save_pretrained(tmp_path)
+    with pytest.raises(errors.BaseModelMismatchError, match=r"lm_head\.weight"):
+        peftstate.PeftModel.from_pretrained(base(), tmp_path)

@@ -193,6 +193,7 @@ def test_read_file_that_shrinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
             read_file(tmp_path / "file", inside=[tmp_path])
 
 
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="files are read in one go")
 def test_read_what_comes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system may give less than it is asked for, and the rest when it is asked again."""
     content = random.Random(0).randbytes(2**24 + 5)
@@ -212,7 +213,7 @@ def test_read_without_reads_from_a_place(tmp_path: Path, monkeypatch: pytest.Mon
     """As on Windows, where a file is read from its beginning to its end."""
     content = random.Random(0).randbytes(2**21 + 5)
     (tmp_path / "file").write_bytes(content)
-    monkeypatch.delattr(os, "preadv")
+    monkeypatch.delattr(os, "preadv", raising=False)
     assert bytes(read_file(tmp_path / "file", inside=[tmp_path])) == content
 
 

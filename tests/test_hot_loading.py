@@ -6,6 +6,7 @@ import gc
 import shutil
 import weakref
 
+import peft
 import pytest
 import torch
 
@@ -125,3 +126,30 @@ def test_one_name_again_and_again(folder, model, logits):
         model.load_adapter(folder / str(number % KINDS), "more")
     assert torch.equal(logits(model), expected)
     assert state_of(model) == before
+
+
+def test_lora_beside_a_prompt(folder, load_base):
+    """What cannot be combined is refused in the words of PEFT."""
+    prompt = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    model = peftstate.get_peft_model(load_base("bf16"), prompt)
+    with pytest.raises(errors.AdapterLoadError, match="Cannot combine adapters with different"):
+        model.load_adapter(folder / "0", "further")
+
+
+def test_how_a_tuner_makes_layers_is_left_alone(folder, model):
+    """Also where somebody has changed it, on the model itself."""
+    tuner, made = model.base_model, []
+    create = tuner._create_and_replace
+
+    def creating(*args, **kwargs):
+        made.append(args)
+        create(*args, **kwargs)
+
+    model.load_adapter(folder / "0", "one")
+    assert "_create_and_replace" not in vars(tuner)
+    tuner._create_and_replace = creating
+    for name in ("two", "three"):
+        made.clear()
+        model.load_adapter(folder / "0", name)
+        assert made
+    assert vars(tuner)["_create_and_replace"] is creating

@@ -40,13 +40,13 @@ def save(bench: Bench, repetitions: int) -> tuple[Comparison, Comparison]:
     """`save_pretrained` of a model that was never read, and a third time when nothing changed."""
     runs = {library.name: partial(_save_thrice, bench, library) for library in (PEFT, PEFTSTATE)}
     found = alternately(runs, repetitions)
-    first, second = (
+    first, again = (
         Comparison(
             *(tuple(run[number] for run in found[library.name]) for library in (PEFT, PEFTSTATE))
         )
         for number in range(2)
     )
-    return first, second
+    return first, again
 
 
 def _save_thrice(bench: Bench, library: Library) -> tuple[Sample, Sample]:

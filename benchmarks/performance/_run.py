@@ -163,12 +163,12 @@ _STARTED = time.perf_counter()
 
 def _of_bench(bench: Bench, workload: Workload, repetitions: int) -> Iterator[Timing]:
     """Loads of a workload, and half as many saves, each of which takes a load before it."""
-    first, second = _live.save(bench, -(-repetitions // 2))
+    first, again = _live.save(bench, -(-repetitions // 2))
     for path, situation, times in (
         ("from_pretrained", "", _live.first_load(bench, repetitions)),
         ("from_pretrained", ", read before", _live.further_load(bench, repetitions)),
         ("save_pretrained", "", first),
-        ("save_pretrained", ", saved twice before, nothing changed", second),
+        ("save_pretrained", ", saved twice before, nothing changed", again),
     ):
         title = workload.title + situation
         yield Timing(path=path, workload=title, against=PEFT.name, times=times)

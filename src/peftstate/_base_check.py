@@ -70,8 +70,8 @@ def base_checked_meanwhile(
     it has to be as it was before.
 
     Returns:
-        What ends the comparison. Before it is called, nothing may write into the memory of a tensor
-        that the record does not say is changed, as a merge does into others'; casts make new ones.
+        What ends the comparison; it may be called again. Before, nothing may write into the memory
+        of the base model, as a merge does, and a forward may do; casts make new tensors.
 
     Raises:
         StateMismatchError: It is another one, or quantized in another way.
@@ -83,9 +83,8 @@ def base_checked_meanwhile(
             yield nothing_left
         return
     remembering = _remembering(view.once(), manifest)
-    put_back = {*record.changed, *record.shadowed}
-    fixed = {name: tensor for name, tensor in record.tensors.items() if name not in put_back}
-    large = large_tensors(remembering, fixed)
+    changed = {*record.changed, *record.shadowed}
+    large = large_tensors(remembering, record.tensors, changed=changed)
     _check_rest(remembering, manifest, plan, large.keys())
     # not before: small operations of torch would wait for a core again and again
     with switching_often():

@@ -52,7 +52,7 @@ _NAMES = {
     list: "an array",
     type(None): "null",
 }
-_SCALARS = frozenset({str, int, float, bool, type(None)})
+_ATOMS = frozenset({str, int, float, bool, type(None)})
 _SHOWN = 80
 """Characters of a text that a message shows."""
 
@@ -188,9 +188,12 @@ def decode(value: Json, record: type[R]) -> R:
 
 
 def alike(first: Any, second: Any) -> bool:
-    """Whether two records, or values in them, give the same JSON; told without making it."""
+    """Whether two records, or values in them, give the same JSON, as far as it is told without it.
+
+    Of a tuple and a list it is not.
+    """
     kind = type(first)
-    if kind in _SCALARS:
+    if kind in _ATOMS:
         return type(second) is kind and bool(first == second)
     if kind is tuple or kind is list:
         return type(second) is kind and len(first) == len(second) and all(map(alike, first, second))

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import attrs
 import peft
+from peft import LoraModel
 from torch import nn
 
 from peftstate import _placeholders as placeholders
@@ -103,8 +104,13 @@ def load_model(
         put_back_initialisation(view, source.adapters)
         walked = view.now()
         set_tensors(walked, source.adapters, manifest, plan)
+        merges = bool(manifest.sections["adapters"].merged)
+        if merges or "predictions" in manifest.sections:
+            end_check()
+        if merges:
+            _spare_adapted(walked)
         restore_sections(walked, manifest, plan)
-        if manifest.sections["adapters"].merged:  # embeddings in the file are merged already
+        if merges:  # embeddings in the file are merged already
             set_tensors(walked, source.adapters, manifest, plan)
         report = compare_restored(view, manifest, plan)
         end_check()
@@ -154,7 +160,8 @@ def load_adapter(
     view = ModelView(model=model, adapters={own: name}, folders={own: "."})
     bare = ModelView(model=view.base).now()
     # The parameters of an adapter that is there stay the objects that an optimizer holds.
-    if name in model.peft_config or not placeholders.suffice(source, bare, {name}):
+    is_new = name not in model.peft_config and isinstance(model.base_model, LoraModel)
+    if not is_new or not placeholders.suffice(source, bare, {name}):
         add = None
     check_base_if_changed(bare, manifest, plan)
 
@@ -190,6 +197,13 @@ def _spare_data(view: ModelView, *, names: Collection[str] = (), adapter: str = 
     """
     for site in view.tensors():
         if (site.part == "base" and site.name in names) or (adapter and site.adapter == adapter):
+            site.tensor.data = site.tensor.data.clone()
+
+
+def _spare_adapted(view: ModelView) -> None:
+    """Give the weights that adapters may be merged into other memory, for PEFT adds to them."""
+    for site in view.tensors():
+        if site.part == "base" and site.adapted and site.tensor.is_floating_point():
             site.tensor.data = site.tensor.data.clone()
 
 

@@ -160,7 +160,7 @@ def _undrawn(config: Any) -> Iterator[None]:
 @contextmanager
 def _made_on_meta(tuner: Any) -> Iterator[None]:
     """Have a tuner make layers on the meta device, and go over other adapters without the mode."""
-    create = tuner._create_and_replace
+    create, own = tuner._create_and_replace, vars(tuner).get("_create_and_replace")
 
     def creating(*args: Any, **kwargs: Any) -> None:
         with _OnMeta():
@@ -171,6 +171,8 @@ def _made_on_meta(tuner: Any) -> Iterator[None]:
         yield
     finally:
         del tuner._create_and_replace
+        if own is not None:
+            tuner._create_and_replace = own
 
 
 def wrap(base: nn.Module, config: PeftConfig, name: str, *, is_trainable: bool) -> peft.PeftModel:
@@ -196,7 +198,7 @@ def add(model: peft.PeftModel, config: PeftConfig, name: str) -> Any:
     """Add an adapter for inference to a model as its `load_adapter` does.
 
     Args:
-        model: The model, of which `suffice` must hold.
+        model: The model, a LoRA one, of which `suffice` must hold.
         config: The adapter's config.
         name: The name that the adapter gets, a new one.
 

@@ -6,7 +6,7 @@ the model lets it go on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,8 @@ class Ahead:
 
     Attributes:
         saved: The records of the tensors, by their names.
+        _keys: By these names, which job gives the digest; of tied tensors it is one.
+        _jobs: The jobs, in the order in which they were begun.
     """
 
     saved: Mapping[str, TensorRecord]
@@ -66,9 +68,9 @@ class Ahead:
 
     @classmethod
     def begun(cls, view: ModelView, saved: Mapping[str, TensorRecord]) -> Ahead:
-        """Begin, with tensors that must not be written to until `end`.
+        """Begin, with tensors that must not be written to until `agrees` was called.
 
-        Another may take the place of one.
+        Another may take the place of one, which then stays in memory as long.
 
         Args:
             view: The bare base model; what is digested goes into its `looks`.
@@ -109,7 +111,7 @@ class Ahead:
         return False
 
     def end(self) -> None:
-        """Begin with no other tensor, and wait for the rest."""
+        """Leave undone what was not begun, and wait for what was."""
         self._work.end()
 
 
@@ -118,17 +120,24 @@ def _key(base: BaseTensor, record: TensorRecord) -> tuple[int, str]:
     return id(base.owner.tensor), record.dtype
 
 
-def large_tensors(view: ModelView, saved: Mapping[str, TensorRecord]) -> Mapping[str, TensorRecord]:
-    """The records of the tensors that are worth a thread of their own, by name.
+def large_tensors(
+    view: ModelView, saved: Mapping[str, TensorRecord], *, changed: Collection[str]
+) -> Mapping[str, TensorRecord]:
+    """The records of the tensors that are worth being digested meanwhile, by name.
 
     Args:
         view: The bare base model.
-        saved: The records of all that are wanted.
+        saved: The records of all.
+        changed: The names of those that the load changes; neither these nor others that are the
+            same tensors are among what is given.
     """
+    found = base_tensors(view)
+    written = {id(found[name].owner.tensor) for name in set(changed) & found.keys()}
     return {
         name: saved[name]
-        for name, base in base_tensors(view).items()
+        for name, base in found.items()
         if name in saved
+        and id(base.owner.tensor) not in written
         and _is_large(name, base)
         and saved[name].digest is not None
         and saved[name].shape == tuple(base.tensor.shape)

@@ -110,13 +110,10 @@ class Looks:
     @classmethod
     def of(cls, bases: Mapping[str, BaseTensor]) -> Looks:
         """Look at the tensors of a base model."""
-        owners = {id(base.owner.tensor): base.owner for base in bases.values()}
+        fixed = {name: base for name, base in bases.items() if not base.replayed}
+        owners = {id(base.owner.tensor): base.owner for base in fixed.values()}
         looks = {key: _Look.of(owner) for key, owner in owners.items() if _tells(owner.tensor)}
-        told = {
-            name: base
-            for name, base in bases.items()
-            if id(base.owner.tensor) in looks and not base.replayed
-        }
+        told = {name: base for name, base in fixed.items() if id(base.owner.tensor) in looks}
         return cls(told, looks)
 
     def unchanged(self, saved: Mapping[str, TensorRecord]) -> frozenset[str]:
