@@ -95,7 +95,7 @@ def at_line(
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        with mock.patch("os.cpu_count", return_value=1):
+        with mock.patch("peftstate._work._cores", return_value=1):
             work()
     finally:
         sys.settrace(before)

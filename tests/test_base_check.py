@@ -219,17 +219,12 @@ def test_a_tensor_that_shares_memory_with_a_changed_one(tmp_path):
     """Merging into the one changes the other, so that both are compared before."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=8)
-    weights = transformers.GPT2LMHeadModel(config).state_dict()
-
-    def base():
-        made = transformers.GPT2LMHeadModel(config)
-        made.load_state_dict(weights)
-        return made.eval()
-
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    base = partial(transformers.GPT2LMHeadModel.from_pretrained, tmp_path / "base")
     lora = peft.LoraConfig(r=2, target_modules=["wte"], init_lora_weights=False)
     model = peft.get_peft_model(base(), lora)
     model.merge_adapter()
     with pytest.warns(errors.MergedWeightsWarning):
-        peftstate.attach(model.eval()).save_pretrained(tmp_path)
+        peftstate.attach(model.eval()).save_pretrained(tmp_path / "adapter")
     with pytest.raises(errors.BaseModelMismatchError, match=r"lm_head\.weight"):
-        peftstate.PeftModel.from_pretrained(base(), tmp_path)
+        peftstate.PeftModel.from_pretrained(base(), tmp_path / "adapter")
