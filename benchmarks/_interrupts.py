@@ -72,7 +72,8 @@ def at_line(
 ) -> None:
     """Do some work, and something else before its n-th line of PEFT or peftstate.
 
-    How threads share their work is left to chance, so there is one only.
+    How threads share their work is left to chance, so there is one only; so is where the memory of
+    a small file begins, and with it whether its tensors are copied, so each is read as a large one.
 
     Args:
         line: The number of the line, from 0 on.
@@ -95,7 +96,8 @@ def at_line(
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        with mock.patch("peftstate._work._cores", return_value=1):
+        one_thread = mock.patch("peftstate._work._cores", return_value=1)
+        with one_thread, mock.patch("peftstate._disk._LARGE", 1):
             work()
     finally:
         sys.settrace(before)
