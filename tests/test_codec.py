@@ -21,12 +21,14 @@ from peftstate._codec import (
     MAX_VALUES,
     NOT_JSON,
     DecodeError,
+    alike,
     canonical,
     decode,
     dumps,
     encode,
     loads,
 )
+from peftstate._diff import diff
 from peftstate.sections import SECTIONS
 from peftstate.sections._table import Table
 from tests._records import VALUES, records
@@ -378,3 +380,27 @@ def test_order_is_no_matter(items: list[tuple[str, int]]) -> None:
     """The same keys and values give the same bytes in whatever order they come."""
     for write in (dumps, canonical):
         assert write(dict(items)) == write(dict(reversed(items)))
+
+
+@given(VALUES, VALUES)
+def test_what_is_alike_does_not_differ(first: Any, second: Any) -> None:
+    """It is told apart as strictly as the fields of a mismatch are."""
+    assert alike(first, second) == (diff("section", first, second) == ())
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(True, 1), (1, 1.0), ((1,), (True,)), ({"a": 0}, {"a": False})]
+)
+def test_equal_values_of_other_types_are_not_alike(first: Any, second: Any) -> None:
+    """Python takes them for equal; in JSON they are others."""
+    assert first == second
+    assert not alike(first, second)
+
+
+def test_records_are_alike_by_what_is_in_their_json() -> None:
+    """One field that differs is enough, but for what lives beside the JSON."""
+    assert alike(RECORD, attrs.evolve(RECORD, beside="another"))
+    assert not alike(RECORD, attrs.evolve(RECORD, count=4))
+    assert not alike(RECORD, attrs.evolve(RECORD, inner=Inner(number=0.25)))
+    assert not alike(RECORD, attrs.evolve(RECORD, table=Table(default=True, exceptions={})))
+    assert not alike(RECORD, RECORD.inner)

@@ -23,7 +23,7 @@ from cattrs.gen import (
     override,
 )
 
-from peftstate._diff import Json, join, step
+from peftstate._diff import SCALARS, Json, join, step
 
 R = TypeVar("R", bound=attrs.AttrsInstance)
 
@@ -52,7 +52,6 @@ _NAMES = {
     list: "an array",
     type(None): "null",
 }
-_ATOMS = frozenset({str, int, float, bool, type(None)})
 _SHOWN = 80
 """Characters of a text that a message shows."""
 
@@ -193,7 +192,7 @@ def alike(first: Any, second: Any) -> bool:
     Of a tuple and a list it is not.
     """
     kind = type(first)
-    if kind in _ATOMS:
+    if kind in SCALARS:
         return type(second) is kind and bool(first == second)
     if kind is tuple or kind is list:
         return type(second) is kind and len(first) == len(second) and all(map(alike, first, second))

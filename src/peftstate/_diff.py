@@ -149,12 +149,13 @@ def _is_set_of_names(value: Json | Presence) -> bool:
     )
 
 
-_SCALARS = (str, int, float, bool, type(None))
+SCALARS = (str, int, float, bool, type(None))
+"""The types of JSON values that hold no others."""
 
 
 def _same(saved: Json | Presence, found: Json | Presence) -> bool:
     """Equality that tells `True` from `1` and `1` from `1.0`, as the manifest does."""
-    if type(saved) in _SCALARS:
+    if type(saved) in SCALARS:
         return type(saved) is type(found) and saved == found
     if isinstance(saved, Sequence):
         return (

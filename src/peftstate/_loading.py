@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import attrs
@@ -40,6 +40,7 @@ from peftstate.manifest import Manifest
 from peftstate.sections import _origin, adapters, dtype, extra_tensors, records_for_adapters, rng
 from peftstate.sections._generators import Standing
 from peftstate.sections._view import ModelView
+from peftstate.sections._walk import TensorSite
 from peftstate.sections.predictions import inputs_of
 from peftstate.sections.tokenizer import put_back_on_failure
 
@@ -90,7 +91,8 @@ def load_model(
     def steps() -> M:
         if injector.wrap is None:
             shadowed = manifest.sections["base_model"].shadowed
-            _spare_data(bare, names={*shadowed, *_names_in_base(source.adapters)})
+            written = {*shadowed, *_names_in_base(source.adapters)}
+            _spare_data(site for site in bare.tensors() if site.name in written)
         prepare_base(bare, manifest, plan)
         restores = extra_tensors.SECTION in plan.sections(bare, manifest)
         extra = manifest.sections["extra_tensors"].adapters[source.own_adapter] if restores else ()
@@ -108,7 +110,11 @@ def load_model(
         if merges or "predictions" in manifest.sections:
             end_check()
         if merges:
-            _spare_adapted(walked)
+            _spare_data(
+                site
+                for site in walked.tensors()
+                if site.part == "base" and site.adapted and site.tensor.is_floating_point()
+            )
         restore_sections(walked, manifest, plan)
         if merges:  # embeddings in the file are merged already
             set_tensors(walked, source.adapters, manifest, plan)
@@ -167,7 +173,12 @@ def load_adapter(
 
     def loaded() -> Any:
         """What PEFT loads."""
-        _spare_data(view, names=_names_in_base(source.adapters), adapter=name)
+        written = _names_in_base(source.adapters)
+        _spare_data(
+            site
+            for site in view.tensors()
+            if site.adapter == name or (site.part == "base" and site.name in written)
+        )
         readable = readable_by_peft(source, own)
         with readable as folder, harmless_state_dict(model), not_truncated_again(source, view):
             return load(model, folder, name)
@@ -187,24 +198,10 @@ def load_adapter(
     return undone_on_failure(model, steps, keep_rng=True, snapshot=snapshot)
 
 
-def _spare_data(view: ModelView, *, names: Collection[str] = (), adapter: str = "") -> None:
-    """Give tensors other memory, for PEFT loads by writing into them.
-
-    Args:
-        view: The model, of which a snapshot was taken.
-        names: Names of tensors of the base model.
-        adapter: Name of an adapter, if all its tensors are meant.
-    """
-    for site in view.tensors():
-        if (site.part == "base" and site.name in names) or (adapter and site.adapter == adapter):
-            site.tensor.data = site.tensor.data.clone()
-
-
-def _spare_adapted(view: ModelView) -> None:
-    """Give the weights that adapters may be merged into other memory, for PEFT adds to them."""
-    for site in view.tensors():
-        if site.part == "base" and site.adapted and site.tensor.is_floating_point():
-            site.tensor.data = site.tensor.data.clone()
+def _spare_data(sites: Iterable[TensorSite]) -> None:
+    """Give tensors other memory, for PEFT writes into them: a snapshot refers to what they have."""
+    for site in sites:
+        site.tensor.data = site.tensor.data.clone()
 
 
 def _names_in_base(files: Mapping[str, AdapterFiles]) -> set[str]:
