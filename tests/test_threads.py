@@ -137,6 +137,23 @@ def test_a_snapshot_that_is_restored_keeps_what_did_not_change(load_base):
     assert model.config.hidden_size == 64
 
 
+def test_a_snapshot_empties_what_was_empty(load_base):
+    """Most containers of a module hold nothing, of which it keeps no copy."""
+    model = load_base()
+    layer = model.model.layers[0]
+    layer.seen, layer.kept, layer.names = [], {1: 2}, set()
+    snapshot = Snapshot.of(model)
+    layer.register_forward_hook(lambda *_: None)
+    layer.seen.append(1)
+    layer.kept.clear()
+    layer.names.add("one")
+    hooks = layer._forward_hooks
+    snapshot.restore()
+    assert (layer.seen, layer.kept, layer.names) == ([], {1: 2}, set())
+    assert layer._forward_hooks is hooks
+    assert not hooks
+
+
 def test_a_save_waits_for_a_load_but_not_for_ever(generations, tmp_path, monkeypatch):
     """A load that takes long, as one that downloads does, cannot keep a save from being made."""
     monkeypatch.setattr(_steps, "_PATIENCE", 0.05)

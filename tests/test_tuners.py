@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load, save
 
 import peftstate
+from peftstate import _loading
 from peftstate.errors import SaveError
 
 pytestmark = [
@@ -336,6 +337,21 @@ def test_a_reload_is_the_model_that_was_saved(saved, bases):
     assert flags(loaded) == flags(saved.model)
     assert dtypes(loaded) == dtypes(saved.model)
     assert torch.equal(run(loaded, saved.case), saved.logits)
+
+
+@every_type
+def test_what_is_compared_is_in_the_model(saved, bases, monkeypatch):
+    """The modules that a load met after the injection are still all that there are at its end."""
+    compare = _loading.compare_restored
+    compared = []
+
+    def comparing(view, *arguments):
+        compared.append(view.sites() == view.now().sites())
+        return compare(view, *arguments)
+
+    monkeypatch.setattr(_loading, "compare_restored", comparing)
+    peftstate.PeftModel.from_pretrained(bases(saved.case), saved.folder)
+    assert compared == [True]
 
 
 @every_case

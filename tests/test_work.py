@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
 from peftstate import _work
-from peftstate._work import WORTH_A_THREAD, Work, in_threads
+from peftstate._work import WORTH_A_THREAD, Work, collecting_seldom, in_threads
 
 PATIENCE = 30.0
 """Seconds after which a thread that a test waits for will never come."""
@@ -124,3 +126,21 @@ def test_as_many_threads_as_the_process_may_use(monkeypatch):
     for cores, threads in ((1, 1), (3, 3), (200, 16)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         assert _work._cores() == threads
+
+
+@pytest.mark.parametrize("usual", [(700, 10, 10), (10**6, 5, 5), (0, 10, 10)])
+def test_garbage_is_looked_for_seldom(usual):
+    """No oftener than before, not at all where that was so, and afterwards as before."""
+    before = gc.get_threshold()
+    gc.set_threshold(*usual)
+    try:
+        for error in (None, ZeroDivisionError):
+            with suppress(ZeroDivisionError), collecting_seldom():
+                first, *others = gc.get_threshold()
+                if error:
+                    raise error
+            assert first == (max(usual[0], 10**5) if usual[0] else 0)
+            assert others == list(usual[1:])
+            assert gc.get_threshold() == usual
+    finally:
+        gc.set_threshold(*before)

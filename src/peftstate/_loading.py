@@ -118,7 +118,7 @@ def load_model(
         restore_sections(walked, manifest, plan)
         if merges:  # embeddings in the file are merged already
             set_tensors(walked, source.adapters, manifest, plan)
-        report = compare_restored(view, manifest, plan)
+        report = compare_restored(walked, manifest, plan)
         end_check()
         loaded = finish(view.model, _origin.of_loaded(view, manifest.sections["base_model"]))
         tell("loaded", source.folder.path, manifest, since=began, sections=report.sections)
@@ -190,7 +190,7 @@ def load_adapter(
         expected = _as_live(manifest, walked)
         dtype.restore_adapters(expected.sections["dtype"], walked)
         adapters.restore_scaling(expected.sections["adapters"], walked)
-        report = compare_restored(view, expected, plan)
+        report = compare_restored(walked, expected, plan)
         tell("loaded", source.folder.path, manifest, since=began, sections=report.sections)
         return result
 

@@ -41,6 +41,7 @@ from peftstate._source import Source, read_source
 from peftstate._steps import LOCK, Plan
 from peftstate._tokenizer_files import check_beside
 from peftstate._warn import warn
+from peftstate._work import collecting_seldom
 from peftstate.errors import TrainModeWarning
 from peftstate.sections import _merges, _origin
 from peftstate.sections._view import ModelView, keep_tokenizer
@@ -282,7 +283,7 @@ class PeftModel(peft.PeftModel):
             )
             return loaded
 
-        with LOCK:
+        with LOCK, collecting_seldom():
             folder = folder_with_manifest(
                 model_id, hub, require_manifest=require_manifest, trusted_keys=trusted_keys
             )
@@ -387,7 +388,7 @@ class PeftModel(peft.PeftModel):
                 **kwargs,
             )
 
-        with LOCK:
+        with LOCK, collecting_seldom():
             folder = folder_with_manifest(
                 model_id, hub, require_manifest=require_manifest, trusted_keys=trusted_keys
             )

@@ -7,6 +7,7 @@ that is needed: what `peft.PeftModel.from_pretrained` and `load_adapter` do besi
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -175,6 +176,13 @@ def _made_on_meta(tuner: Any) -> Iterator[None]:
             tuner._create_and_replace = own
 
 
+@cache
+def _without_casts() -> dict[str, Any]:
+    """What tells PEFT that weights which are not there need no other dtype; once it never cast."""
+    known = inspect.signature(peft.PeftModel.add_adapter).parameters
+    return {name: False for name in ("autocast_adapter_dtype",) if name in known}
+
+
 def wrap(base: nn.Module, config: PeftConfig, name: str, *, is_trainable: bool) -> peft.PeftModel:
     """Wrap a base model as `peft.PeftModel.from_pretrained` does.
 
@@ -208,6 +216,6 @@ def add(model: peft.PeftModel, config: PeftConfig, name: str) -> Any:
     config.inference_mode = True
     with calling_peft(), _undrawn(config), _made_on_meta(model.base_model):
         model._check_new_adapter_config(config, is_trainable=False)
-        peft.PeftModel.add_adapter(model, name, config)
+        peft.PeftModel.add_adapter(model, name, config, **_without_casts())
     model.eval()
     return torch.nn.modules.module._IncompatibleKeys([], [])

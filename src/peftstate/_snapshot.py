@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
-from functools import cache
-from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -16,7 +14,13 @@ from peftstate._modules import modules_of, shared_modules_of
 
 @attrs.frozen
 class _Attributes:
-    """The attributes of an object; containers among them by what is in them."""
+    """The attributes of an object.
+
+    Attributes:
+        owner: Where they are.
+        values: What they were.
+        contents: What was in those that hold something; most of a module's are empty.
+    """
 
     owner: dict[str, Any]
     values: dict[str, Any]
@@ -24,30 +28,34 @@ class _Attributes:
 
     @classmethod
     def of(cls, owner: Any) -> _Attributes:
-        values = dict(vars(owner))
+        attributes = vars(owner)
         contents = {
-            name: _NOTHING if isinstance(value, dict) and not value else value.copy()
-            for name, value in values.items()
-            if _is_container(value.__class__)
+            name: value.copy()
+            for name, value in attributes.items()
+            if _IS_CONTAINER[value.__class__] and value
         }
-        return cls(vars(owner), values, contents)
+        return cls(attributes, attributes.copy(), contents)
 
     def restore(self) -> None:
         """Put the attributes back; a container stays the object that others may refer to."""
-        for name, content in self.contents.items():
-            _put_back(self.values[name], content)
+        for name, value in self.values.items():
+            if name in self.contents:
+                _put_back(value, self.contents[name])
+            elif _IS_CONTAINER[value.__class__]:
+                value.clear()
         _put_back(self.owner, self.values)
 
 
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
-"""The content of what is empty, as most of the dictionaries of a module are."""
+class _IsContainer(dict[type, bool]):
+    """Whether the objects of a class hold others, and can be copied; looked up for each of many."""
+
+    def __missing__(self, cls: type) -> bool:
+        kinds = (MutableMapping, MutableSequence, MutableSet)
+        self[cls] = found = issubclass(cls, kinds) and hasattr(cls, "copy")
+        return found
 
 
-@cache
-def _is_container(cls: type) -> bool:
-    """Whether the objects of a class hold others, and can be copied."""
-    kinds = (MutableMapping, MutableSequence, MutableSet)
-    return issubclass(cls, kinds) and hasattr(cls, "copy")
+_IS_CONTAINER = _IsContainer()
 
 
 def _put_back(container: Any, content: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -97,7 +97,7 @@ def _compare(
 ) -> tuple[Mismatch, ...]:
     """The differences between a record and the model."""
     saved = manifest.sections[section.name]
-    with _handling(section, "the model could not be compared with the saved state"):
+    with _handling(section, _NOT_COMPARED):
         return section.compare(saved, capture(view, saved))
 
 
@@ -142,10 +142,17 @@ def _handling(section: Section[Any], failure: str) -> Iterator[None]:
 
 
 _NOT_SET = "the saved state could not be set"
+_NOT_COMPARED = "the model could not be compared with the saved state"
 
 
 def compare_restored(view: ModelView, manifest: Manifest, plan: Plan) -> Report:
     """Compare what was restored with what was saved.
+
+    Args:
+        view: The model. If it walks over it once, whatever put modules into the model has said so;
+            its tensors are looked for anew.
+        manifest: What was saved.
+        plan: Which sections are compared.
 
     Returns:
         What differs, which the policy has made a warning or nothing.
@@ -153,6 +160,7 @@ def compare_restored(view: ModelView, manifest: Manifest, plan: Plan) -> Report:
     Raises:
         StateMismatchError: Something is not as it was saved.
     """
+    view.tensors_changed()
     report = compare(view, manifest, plan, lambda section: section.capture_restored)
     plan.policy.apply(report)
     return report
@@ -165,11 +173,16 @@ def compare(
     capture: Callable[[Section[Any]], Callable[[ModelView, Any], Any]],
 ) -> Report:
     """Compare the sections of a plan."""
-    view = view.now()
+    view = view.once()
     sections = plan.sections(view, manifest)
-    mismatches = [
-        mismatch
-        for section in sections
-        for mismatch in _compare(section, capture(section), view, manifest)
-    ]
+    with ExitStack() as begun:
+        for section in sections:
+            if section.begun is not None:
+                with _handling(section, _NOT_COMPARED):
+                    begun.enter_context(section.begun(view, manifest.sections[section.name]))
+        mismatches = [
+            mismatch
+            for section in sections
+            for mismatch in _compare(section, capture(section), view, manifest)
+        ]
     return Report(tuple(mismatches), tuple(section.name for section in sections))

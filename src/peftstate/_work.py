@@ -5,6 +5,7 @@ Reading files does, and so do BLAKE3, XXH3 and torch.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import deque
@@ -17,6 +18,10 @@ import attrs
 
 J = TypeVar("J")
 R = TypeVar("R")
+
+
+def _ignored(_: int) -> None:
+    """What is told how far a thread is that nobody waits for."""
 
 
 @attrs.frozen
@@ -49,7 +54,7 @@ class Work(Generic[J, R]):
                     begun._others.append(pool.submit(begun._run, _ignored))
         return begun
 
-    def results(self, reach: Callable[[int], object]) -> list[R]:
+    def results(self, reach: Callable[[int], object] = _ignored) -> list[R]:
         """What the work gave, in the order of the jobs, once all are done.
 
         Args:
@@ -76,10 +81,6 @@ class Work(Generic[J, R]):
                 return
             self._done[index] = self._work(job)
             reach(len(self._done))
-
-
-def _ignored(_: int) -> None:
-    """What is told how far a thread is that nobody waits for."""
 
 
 def _cores() -> int:
@@ -109,6 +110,26 @@ def switching_often() -> Iterator[None]:
 
 _SWITCH_INTERVAL = 1e-4
 """Seconds; switching takes a tenth of that."""
+
+
+@contextmanager
+def collecting_seldom() -> Iterator[None]:
+    """Have Python look for cycles of garbage less often, as what makes many objects that stay asks.
+
+    A load makes some ten thousand, and hardly a cycle. By default they would be looked at after
+    every 700 (`gc.set_threshold`), while the other cores read the memory past the same caches.
+    """
+    usual = gc.get_threshold()
+    try:
+        if usual[0]:  # 0 is never
+            gc.set_threshold(max(usual[0], _OBJECTS_BEFORE_COLLECTION), *usual[1:])
+        yield
+    finally:
+        gc.set_threshold(*usual)
+
+
+_OBJECTS_BEFORE_COLLECTION = 100_000
+"""Those that a model of 700 layers is loaded with; other threads' garbage is bounded by it."""
 
 WORTH_A_THREAD = 4 * 1024 * 1024
 """Bytes; BLAKE3 takes half a millisecond for them, about as long as a thread takes to start."""

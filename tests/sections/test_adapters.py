@@ -15,7 +15,7 @@ from torch import nn
 from peftstate import PeftModel
 from peftstate._diff import ABSENT
 from peftstate.errors import BaseModelMismatchError
-from peftstate.sections import adapters
+from peftstate.sections import _tensors, adapters
 from peftstate.sections._adapter_config import NOT_IN_CONFIG, canonical_fields, config_fields
 from peftstate.sections._view import ModelView
 from peftstate.sections.adapters import SECTION, AdaptersRecord
@@ -73,6 +73,39 @@ def test_record_names_what_is_in_the_file(make, tmp_path):
         assert record.adapters[name].tensors == tensor_records(written)
         assert record.adapters[name].unsaved == {}
     assert [adapter.folder for adapter in record.adapters.values()] == [".", "second"]
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_reading_ahead_finds_the_same(make, monkeypatch, changes):
+    """What other threads began to read is what a comparison gives, and a changed value differs."""
+    model = make()
+    record = capture(model)
+    if changes:
+        with torch.no_grad():
+            model.get_submodule(Q_PROJ).lora_A["default"].weight[0, 0] += 1
+    view = ModelView.of(model).now()
+    monkeypatch.setattr(_tensors, "WORTH_A_THREAD", 0)
+    with SECTION.begun(view, record):
+        monkeypatch.setattr(adapters, "tensor_records", lambda tensors: unread(record, tensors))
+        found = adapters.capture_like(view, record)
+    path = f"adapters.default.tensors[{Q_PROJ}.lora_A.weight].digest"
+    mismatches = SECTION.compare(record, found)
+    assert [mismatch.field for mismatch in mismatches] == ([path] if changes else [])
+    assert view.walked.begun == {}
+
+
+def unread(record: AdaptersRecord, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The records of the second adapter, with which no other thread has begun."""
+    assert not tensors or tensors.keys() == record.adapters["second"].tensors.keys()
+    return {name: record.adapters["second"].tensors[name] for name in tensors}
+
+
+def test_only_plain_lora_is_read_ahead(load_base):
+    """To look for the tensors of another adapter PEFT may run the layers that compute them."""
+    config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    view = ModelView.of(peft.get_peft_model(load_base(), config)).now()
+    with SECTION.begun(view, adapters.capture(view)):
+        assert view.walked.begun == {}
 
 
 CONFIGS = {

@@ -56,14 +56,9 @@ def _tell_apart(
 ) -> AdapterTensors:
     """What `adapter_tensors` gives."""
     adapter = view.adapters[saved]
+    if names is not None and (found := tensors_of_lora(view, saved, names)):
+        return found
     sites = [site for site in view.tensors() if site.adapter == adapter]
-    by_name = {site.name: site for site in sites}
-    if names is not None and by_name.keys() >= set(names) and all(map(_is_of_lora, names)):
-        return AdapterTensors(
-            saved={name: by_name[name].tensor for name in sorted(names)},
-            computed={},
-            unsaved={name: site for name, site in by_name.items() if name not in names},
-        )
     with at_rest(view.model, adapter):
         live = live_tensors(view.model)
         written = file_tensors(view.model, adapter, embeddings=embeddings, live=live)
@@ -74,6 +69,23 @@ def _tell_apart(
         saved={name: tensor for name, tensor in in_file.items() if id(tensor) in identities},
         computed={name: tensor for name, tensor in in_file.items() if id(tensor) not in identities},
         unsaved={site.name: site for site in sites if id(site.tensor) not in held},
+    )
+
+
+def tensors_of_lora(view: ModelView, saved: str, names: Collection[str]) -> AdapterTensors | None:
+    """What `adapter_tensors` gives of an adapter that needs nothing of PEFT's to tell them apart.
+
+    Returns:
+        The tensors; `None` if not all that is in the file are factors of LoRA in the model.
+    """
+    adapter = view.adapters[saved]
+    by_name = {site.name: site for site in view.tensors() if site.adapter == adapter}
+    if not by_name.keys() >= set(names) or not all(map(_is_of_lora, names)):
+        return None
+    return AdapterTensors(
+        saved={name: by_name[name].tensor for name in sorted(names)},
+        computed={},
+        unsaved={name: site for name, site in by_name.items() if name not in names},
     )
 
 

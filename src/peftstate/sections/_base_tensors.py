@@ -14,7 +14,7 @@ from peftstate.sections import _bitsandbytes
 from peftstate.sections import _bitsandbytes_forms as forms
 from peftstate.sections._peft_layers import original
 from peftstate.sections._remembered import remembered_digest
-from peftstate.sections._tensors import TensorRecord, is_readable, tensor_record
+from peftstate.sections._tensors import TensorRecord, dtype_name, is_readable, tensor_record
 from peftstate.sections._walk import TensorSite
 
 if TYPE_CHECKING:
@@ -209,8 +209,11 @@ class Digests:
         """Describe a tensor that was not read through this."""
         if sampled or not self.remembers or not is_readable(tensor):
             return tensor_record(tensor, dtype, sampled=sampled)
-        described = tensor_record(tensor, dtype, read=False)
-        return attrs.evolve(described, digest=remembered_digest(tensor, dtype))
+        return TensorRecord(
+            dtype=dtype or dtype_name(tensor.dtype),
+            shape=tuple(tensor.shape),
+            digest=remembered_digest(tensor, dtype),
+        )
 
 
 def described_in_threads(

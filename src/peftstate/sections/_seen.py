@@ -110,9 +110,12 @@ class Looks:
     @classmethod
     def of(cls, bases: Mapping[str, BaseTensor]) -> Looks:
         """Look at the tensors of a base model."""
+        import torch
+
         fixed = {name: base for name, base in bases.items() if not base.replayed}
         owners = {id(base.owner.tensor): base.owner for base in fixed.values()}
-        looks = {key: _Look.of(owner) for key, owner in owners.items() if _tells(owner.tensor)}
+        with torch._C.DisableTorchFunctionSubclass():  # as in `is_readable`
+            looks = {key: _Look.of(owner) for key, owner in owners.items() if _tells(owner.tensor)}
         told = {name: base for name, base in fixed.items() if id(base.owner.tensor) in looks}
         return cls(told, looks)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import attrs
 
 from peftstate._codec import NOT_JSON
 from peftstate._digest import pieces_digest
-from peftstate._work import in_threads
+from peftstate._work import WORTH_A_THREAD, Work
 from peftstate.sections._host_bytes import host_bytes
 
 if TYPE_CHECKING:
@@ -147,9 +147,18 @@ def dtype_named(name: str) -> torch.dtype:
 
 def is_readable(tensor: torch.Tensor) -> bool:
     """Whether a tensor's values can be read in this process, without asking another rank."""
+    import torch
+
+    with torch._C.DisableTorchFunctionSubclass():  # weights of bitsandbytes would run Python for it
+        return not tensor.is_meta and not isinstance(tensor, _distributed())
+
+
+@cache
+def _distributed() -> type[torch.Tensor]:
+    """The class of tensors of which each process holds a part."""
     from torch.distributed.tensor import DTensor
 
-    return not tensor.is_meta and not isinstance(tensor, DTensor)
+    return DTensor
 
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -220,7 +229,32 @@ def tensor_record(
 
 def tensor_records(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorRecord]:
     """Describe many tensors, in the order of their names."""
-    names = sorted(tensors)
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    records = in_threads((tensors[name] for name in names), tensor_record, nbytes=nbytes)
-    return dict(zip(names, records, strict=True))
+    begun = BegunRecords.of(tensors)
+    try:
+        return begun.records()
+    finally:
+        begun.end()
+
+
+@attrs.frozen
+class BegunRecords:
+    """Tensors that other threads have begun to describe, and that must not change until `end`."""
+
+    _names: Sequence[str]
+    _work: Work[torch.Tensor, TensorRecord]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> BegunRecords:
+        """Begin."""
+        names = sorted(tensors)
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        jobs = [tensors[name] for name in names]
+        return cls(names, Work.begun(jobs, tensor_record, alone=nbytes < WORTH_A_THREAD))
+
+    def records(self) -> dict[str, TensorRecord]:
+        """The records, in the order of their names, once all are there."""
+        return dict(zip(self._names, self._work.results(), strict=True))
+
+    def end(self) -> None:
+        """Leave undone what was not begun, and wait for what was."""
+        self._work.end()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftstate.sections._seen import Looks
-    from peftstate.sections._tensors import TensorRecord
+    from peftstate.sections._tensors import BegunRecords, TensorRecord
 
 _TOKENIZER = "_peftstate_tokenizer"
 FINGERPRINTS = ("full", "sampled", "off")
@@ -34,6 +34,7 @@ class _Walked:
     Attributes:
         base_tensors: What `_base_tensors` made of them.
         adapter_tensors: What `_adapter_tensors` made of them, for each adapter.
+        begun: Of which adapters other threads have begun to read the tensors.
     """
 
     def __init__(self, model: Any, adapters: Collection[str]) -> None:
@@ -41,6 +42,7 @@ class _Walked:
         self._adapters = tuple(adapters)
         self.base_tensors: dict[str, Any] = {}
         self.adapter_tensors: dict[str, Any] = {}
+        self.begun: dict[str, BegunRecords] = {}
 
     def forget(self) -> None:
         """Look again when it is next asked for."""

@@ -6,22 +6,26 @@ tensor in the model must be the saved one, to the last bit and in the saved dtyp
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import attrs
 
 from peftstate._diff import Json
 from peftstate._warn import warn
+from peftstate._work import switching_often
 from peftstate.errors import AdapterMismatchError, UnverifiedWarning
 from peftstate.sections import _merges
 from peftstate.sections._adapter_config import config_fields
-from peftstate.sections._adapter_tensors import adapter_tensors
+from peftstate.sections._adapter_tensors import adapter_tensors, tensors_of_lora
 from peftstate.sections._base import Section
 from peftstate.sections._table import Table
-from peftstate.sections._tensors import TensorRecord, tensor_records
+from peftstate.sections._tensors import BegunRecords, TensorRecord, tensor_records
 
 if TYPE_CHECKING:
+    import torch
+
     from peftstate.sections._view import ModelView
     from peftstate.sections._walk import Site
 
@@ -163,6 +167,37 @@ def capture_like(view: ModelView, record: AdaptersRecord) -> AdaptersRecord:
     return attrs.evolve(found, safe_merge=record.safe_merge)
 
 
+@contextmanager
+def begun(view: ModelView, record: AdaptersRecord) -> Iterator[None]:
+    """Have other threads begin to read the first adapter, if PEFT has nothing to compute for it.
+
+    There is one, mostly; to begin with others would not end any sooner.
+    """
+    saved, adapter = next(iter(record.adapters.items()))
+    tensors = None
+    if view.walked is not None and saved in view.adapters:
+        tensors = tensors_of_lora(view, saved, adapter.tensors.keys())
+    if view.walked is None or tensors is None:
+        yield
+        return
+    reading = BegunRecords.of(tensors.saved)
+    view.walked.begun[saved] = reading
+    try:
+        with switching_often():
+            yield
+    finally:
+        reading.end()
+        del view.walked.begun[saved]
+
+
+def _saved_records(
+    view: ModelView, saved: str, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, TensorRecord]:
+    """Describe what PEFT saves of an adapter, unless other threads have begun with it."""
+    reading = None if view.walked is None else view.walked.begun.get(saved)
+    return tensor_records(tensors) if reading is None else reading.records()
+
+
 def _capture(view: ModelView, record: AdaptersRecord | None) -> AdaptersRecord:
     """Describe the adapters, each for a comparison with its record if there is one."""
     like: Mapping[str, AdapterRecord] = {} if record is None else record.adapters
@@ -233,7 +268,7 @@ def _describe(view: ModelView, saved: str, like: AdapterRecord | None) -> Adapte
         config=config
         if like is None
         else {key: config[key] for key in like.config if key in config},
-        tensors=dict(sorted({**tensor_records(tensors.saved), **computed}.items())),
+        tensors=dict(sorted({**_saved_records(view, saved, tensors.saved), **computed}.items())),
         embeddings_saved=like is not None and like.embeddings_saved,
         unsaved=tensor_records({name: site.tensor for name, site in tensors.unsaved.items()}),
         scaling=_scaling(view, live),
@@ -322,6 +357,7 @@ SECTION = Section(
     record=AdaptersRecord,
     capture=capture,
     capture_like=capture_like,
+    begun=begun,
     restore=restore,
     per_adapter=True,
     error=AdapterMismatchError,
