@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from benchmarks._generations import silently
 from benchmarks.fidelity._libraries import PEFT, PEFTSTATE
@@ -58,7 +59,7 @@ def _load_once(model: Any, folder: Path) -> Sample:
 
 
 def fill(model: Any, count: int) -> None:
-    """Copy a model's adapter in it, until there are as many.
+    """Copy a model's adapter in it, until there are as many, whose weights share one memory.
 
     Loading a thousand would take minutes, for PEFT goes over all modules for each of them.
     """
@@ -70,4 +71,13 @@ def fill(model: Any, count: int) -> None:
             for held in (*layer.adapter_layer_names, *layer.other_param_names):
                 values = getattr(layer, held)
                 if "default" in values:
-                    values[name] = copy.deepcopy(values["default"])
+                    values[name] = _copy(values["default"])
+
+
+def _copy(held: Any) -> Any:
+    """A copy of what a layer holds for an adapter: of a module, with parameters of its own."""
+    copied = copy.deepcopy(held)
+    if isinstance(held, nn.Module):
+        for parameter, original in zip(copied.parameters(), held.parameters(), strict=True):
+            parameter.data = original.data
+    return copied
