@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -28,6 +30,21 @@ def test_pieces_give_the_digest_of_the_whole():
             yield buffer
 
     assert pieces_digest("uint8", [6], pieces()) == tensor_digest("uint8", [6], b"abcdef")
+
+
+def test_other_threads_find_what_this_one_wrote(monkeypatch):
+    """Each CUDA device is waited for once, and nothing else is."""
+    waited = []
+
+    def current_stream(device):
+        return SimpleNamespace(synchronize=lambda: waited.append(str(device)))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    devices = ["cuda:1", "cpu", "meta", "cuda:0", "cuda:1"]
+    _host_bytes.wait_until_written(
+        SimpleNamespace(device=torch.device(device)) for device in devices
+    )
+    assert sorted(waited) == ["cuda:0", "cuda:1"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="copies from a CUDA device")

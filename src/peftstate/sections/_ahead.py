@@ -17,6 +17,7 @@ from peftstate._work import Work
 from peftstate.errors import RestoreError
 from peftstate.sections import _bitsandbytes_forms as forms
 from peftstate.sections._base_tensors import BaseTensor, base_tensors
+from peftstate.sections._host_bytes import wait_until_written
 from peftstate.sections._remembered import remembered_digest
 from peftstate.sections._seen import Looks
 from peftstate.sections._tensors import TensorRecord
@@ -82,6 +83,7 @@ class Ahead:
             keys[name]: _Job(name, found[name].tensor.detach(), record.dtype)
             for name, record in saved.items()
         }
+        wait_until_written(job.tensor for job in jobs.values())
         largest_first = sorted(jobs, key=lambda key: jobs[key].tensor.nbytes, reverse=True)
         work = Work.begun([jobs[key] for key in largest_first], _Job.run)
         return cls(saved, view.looks, keys, largest_first, work)

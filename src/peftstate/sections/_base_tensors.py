@@ -12,6 +12,7 @@ from peftstate._progress import progress
 from peftstate._work import in_threads
 from peftstate.sections import _bitsandbytes
 from peftstate.sections import _bitsandbytes_forms as forms
+from peftstate.sections._host_bytes import wait_until_written
 from peftstate.sections._peft_layers import original
 from peftstate.sections._remembered import remembered_digest
 from peftstate.sections._tensors import TensorRecord, dtype_name, is_readable, tensor_record
@@ -239,6 +240,7 @@ def described_in_threads(
     tied = {id(base.owner.tensor): name for name, base in rest.items() if base.site is not None}
     alone = [name for name, base in rest.items() if base.site is None]
     wanted = [*alone, *tied.values()]
+    wait_until_written(rest[name].owner.tensor for name in wanted)
     sizes = {name: rest[name].owner.tensor.nbytes for name in wanted}
     wanted.sort(key=sizes.__getitem__, reverse=True)  # for no thread to be left with a large one
     done = in_threads(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +24,18 @@ def host_bytes(raw: torch.Tensor) -> Iterator[Buffer]:
         yield from _from_cuda(raw)
     else:
         yield raw.cpu().numpy().data
+
+
+def wait_until_written(tensors: Iterable[torch.Tensor]) -> None:
+    """Wait until what this thread writes to tensors is there, for other threads to read them.
+
+    On CUDA each thread has a current stream of its own, which knows nothing of the others'.
+    """
+    import torch
+
+    for device in {tensor.device for tensor in tensors}:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
 
 def _from_cuda(raw: torch.Tensor) -> Iterator[Buffer]:

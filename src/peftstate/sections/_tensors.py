@@ -11,7 +11,7 @@ import attrs
 from peftstate._codec import NOT_JSON
 from peftstate._digest import pieces_digest
 from peftstate._work import WORTH_A_THREAD, Work
-from peftstate.sections._host_bytes import host_bytes
+from peftstate.sections._host_bytes import host_bytes, wait_until_written
 
 if TYPE_CHECKING:
     import torch
@@ -249,6 +249,7 @@ class BegunRecords:
         names = sorted(tensors)
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         jobs = [tensors[name] for name in names]
+        wait_until_written(jobs)
         return cls(names, Work.begun(jobs, tensor_record, alone=nbytes < WORTH_A_THREAD))
 
     def records(self) -> dict[str, TensorRecord]:
