@@ -6,8 +6,8 @@ a model in, and `prepare_model_for_kbit_training` casts what is not quantized to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, TypeAlias
 
 import attrs
 
@@ -76,30 +76,42 @@ def _floating(view: ModelView) -> list[TensorSite]:
 
 def prepare(record: DtypeRecord, view: ModelView) -> None:
     """Cast the base model's tensors."""
-    _cast_all(view, lambda site: record.base[site.name] if site.part == "base" else None)
+    _cast_all(view, {("base", None): record.base})
 
 
 def restore(record: DtypeRecord, view: ModelView) -> None:
     """Cast all tensors. An adapter's saved tensors are set, in their dtype, by the load."""
-    prepare(record, view)
-    restore_adapters(record, view)
-    _cast_all(view, lambda site: record.model[site.name] if site.part == "model" else None)
+    saved = _of_adapters(record, view)
+    saved["base", None] = record.base
+    saved["model", None] = record.model
+    _cast_all(view, saved)
 
 
 def restore_adapters(record: DtypeRecord, view: ModelView) -> None:
     """Cast the adapters' tensors."""
-    tables = {live: record.adapters.get(saved) for saved, live in view.adapters.items()}
-
-    def saved_dtype(site: TensorSite) -> str | None:
-        table = tables.get(site.adapter or "")
-        return None if table is None else table[site.name]
-
-    _cast_all(view, saved_dtype)
+    _cast_all(view, _of_adapters(record, view))
 
 
-def _cast_all(view: ModelView, saved_dtype: Callable[[TensorSite], str | None]) -> None:
-    """Cast the tensors of which a name of a dtype is known."""
-    casts = [_cast(site, saved_dtype(site)) for site in _floating(view)]
+_Owner: TypeAlias = tuple[str, str | None]
+"""What a tensor belongs to: the part, and the adapter's live name."""
+
+
+def _of_adapters(record: DtypeRecord, view: ModelView) -> dict[_Owner, Table[str]]:
+    """The dtypes of each adapter that is recorded."""
+    return {
+        ("adapter", live): record.adapters[saved]
+        for saved, live in view.adapters.items()
+        if saved in record.adapters
+    }
+
+
+def _cast_all(view: ModelView, saved: Mapping[_Owner, Table[str]]) -> None:
+    """Cast the tensors of which the saved dtype is known."""
+    casts = [
+        _cast(site, saved[site.part, site.adapter][site.name])
+        for site in _floating(view)
+        if (site.part, site.adapter) in saved
+    ]
     if any(casts):
         view.changed()
 
