@@ -8,6 +8,7 @@ import fcntl
 import sys
 import threading
 import warnings
+from collections import UserDict
 
 import peft
 import pytest
@@ -152,6 +153,24 @@ def test_a_snapshot_empties_what_was_empty(load_base):
     assert (layer.seen, layer.kept, layer.names) == ([], {1: 2}, set())
     assert layer._forward_hooks is hooks
     assert not hooks
+
+
+class Untrue(UserDict[int, int]):
+    """A container that is not told empty by its truth, as a `TensorDict` is not."""
+
+    def __bool__(self):
+        raise RuntimeError("neither true nor false")
+
+
+def test_a_snapshot_asks_no_container_whether_it_is_true(load_base):
+    """Those of other classes than Python's own are copied, whatever is in them."""
+    model = load_base()
+    layer = model.model.layers[0]
+    layer.kept = Untrue({1: 2})
+    snapshot = Snapshot.of(model)
+    layer.kept[3] = 4
+    snapshot.restore()
+    assert dict(layer.kept) == {1: 2}
 
 
 def test_a_save_waits_for_a_load_but_not_for_ever(generations, tmp_path, monkeypatch):

@@ -339,19 +339,41 @@ def test_a_reload_is_the_model_that_was_saved(saved, bases):
     assert torch.equal(run(loaded, saved.case), saved.logits)
 
 
-@every_type
-def test_what_is_compared_is_in_the_model(saved, bases, monkeypatch):
-    """The modules that a load met after the injection are still all that there are at its end."""
-    compare = _loading.compare_restored
-    compared = []
+@pytest.fixture
+def compared(monkeypatch):
+    """Of each load, whether the modules that it met after the injection are those of its end."""
+    compare, found = _loading.compare_restored, []
 
     def comparing(view, *arguments):
-        compared.append(view.sites() == view.now().sites())
+        found.append(view.sites() == view.now().sites())
         return compare(view, *arguments)
 
     monkeypatch.setattr(_loading, "compare_restored", comparing)
+    return found
+
+
+@every_type
+def test_what_is_compared_is_in_the_model(saved, bases, compared):
+    """What a section puts into the model or takes out, it tells."""
     peftstate.PeftModel.from_pretrained(bases(saved.case), saved.folder)
     assert compared == [True]
+
+
+@pytest.mark.parametrize("is_applied", [True, False] if TELLS_ADAPTERS_APART else [True])
+def test_adaption_prompts_that_change_places_are_compared(bases, tmp_path, compared, is_applied):
+    """Only those of the active adapter are in the model, and none while they are disabled."""
+    case = CASES["ADAPTION_PROMPT"]
+    model = peftstate.get_peft_model(bases(case), case.make())
+    model.add_adapter("second", case.make())
+    model.set_adapter("second")
+    disturb(model)
+    if not is_applied:
+        model.base_model.disable_adapter_layers()
+    model.save_pretrained(tmp_path)
+    loaded = peftstate.PeftModel.from_pretrained(bases(case), tmp_path)
+    assert compared == [True]
+    assert peftstate.verify(loaded, tmp_path).ok
+    assert torch.equal(run(loaded, case), run(model, case))
 
 
 @every_case

@@ -41,7 +41,6 @@ from peftstate._source import Source, read_source
 from peftstate._steps import LOCK, Plan
 from peftstate._tokenizer_files import check_beside
 from peftstate._warn import warn
-from peftstate._work import collecting_seldom
 from peftstate.errors import TrainModeWarning
 from peftstate.sections import _merges, _origin
 from peftstate.sections._view import ModelView, keep_tokenizer
@@ -283,7 +282,7 @@ class PeftModel(peft.PeftModel):
             )
             return loaded
 
-        with LOCK, collecting_seldom():
+        with LOCK:
             folder = folder_with_manifest(
                 model_id, hub, require_manifest=require_manifest, trusted_keys=trusted_keys
             )
@@ -388,7 +387,7 @@ class PeftModel(peft.PeftModel):
                 **kwargs,
             )
 
-        with LOCK, collecting_seldom():
+        with LOCK:
             folder = folder_with_manifest(
                 model_id, hub, require_manifest=require_manifest, trusted_keys=trusted_keys
             )

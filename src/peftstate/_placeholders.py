@@ -177,10 +177,9 @@ def _made_on_meta(tuner: Any) -> Iterator[None]:
 
 
 @cache
-def _without_casts() -> dict[str, Any]:
-    """What tells PEFT that weights which are not there need no other dtype; once it never cast."""
-    known = inspect.signature(peft.PeftModel.add_adapter).parameters
-    return {name: False for name in ("autocast_adapter_dtype",) if name in known}
+def _casts_added() -> bool:
+    """Whether PEFT casts the weights that it adds, unless it is told not to; older ones do not."""
+    return "autocast_adapter_dtype" in inspect.signature(peft.PeftModel.add_adapter).parameters
 
 
 def wrap(base: nn.Module, config: PeftConfig, name: str, *, is_trainable: bool) -> peft.PeftModel:
@@ -216,6 +215,7 @@ def add(model: peft.PeftModel, config: PeftConfig, name: str) -> Any:
     config.inference_mode = True
     with calling_peft(), _undrawn(config), _made_on_meta(model.base_model):
         model._check_new_adapter_config(config, is_trainable=False)
-        peft.PeftModel.add_adapter(model, name, config, **_without_casts())
+        options = {"autocast_adapter_dtype": False} if _casts_added() else {}
+        peft.PeftModel.add_adapter(model, name, config, **options)
     model.eval()
     return torch.nn.modules.module._IncompatibleKeys([], [])

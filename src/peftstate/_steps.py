@@ -149,8 +149,8 @@ def compare_restored(view: ModelView, manifest: Manifest, plan: Plan) -> Report:
     """Compare what was restored with what was saved.
 
     Args:
-        view: The model. If it walks over it once, whatever put modules into the model has said so;
-            its tensors are looked for anew.
+        view: The model. If it walks over it once, whatever put other modules into the model since
+            has called `view.changed()`; for other tensors, it looks again.
         manifest: What was saved.
         plan: Which sections are compared.
 
@@ -175,11 +175,11 @@ def compare(
     """Compare the sections of a plan."""
     view = view.once()
     sections = plan.sections(view, manifest)
-    with ExitStack() as begun:
+    with ExitStack() as stack:
         for section in sections:
-            if section.begun is not None:
+            if section.read_ahead is not None:
                 with _handling(section, _NOT_COMPARED):
-                    begun.enter_context(section.begun(view, manifest.sections[section.name]))
+                    stack.enter_context(section.read_ahead(view, manifest.sections[section.name]))
         mismatches = [
             mismatch
             for section in sections

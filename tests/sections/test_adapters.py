@@ -85,13 +85,13 @@ def test_reading_ahead_finds_the_same(make, monkeypatch, changes):
             model.get_submodule(Q_PROJ).lora_A["default"].weight[0, 0] += 1
     view = ModelView.of(model).now()
     monkeypatch.setattr(_tensors, "WORTH_A_THREAD", 0)
-    with SECTION.begun(view, record):
+    with SECTION.read_ahead(view, record):
         monkeypatch.setattr(adapters, "tensor_records", lambda tensors: unread(record, tensors))
         found = adapters.capture_like(view, record)
     path = f"adapters.default.tensors[{Q_PROJ}.lora_A.weight].digest"
     mismatches = SECTION.compare(record, found)
     assert [mismatch.field for mismatch in mismatches] == ([path] if changes else [])
-    assert view.walked.begun == {}
+    assert view.walked.read_ahead == {}
 
 
 def unread(record: AdaptersRecord, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -104,8 +104,8 @@ def test_only_plain_lora_is_read_ahead(load_base):
     """To look for the tensors of another adapter PEFT may run the layers that compute them."""
     config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     view = ModelView.of(peft.get_peft_model(load_base(), config)).now()
-    with SECTION.begun(view, adapters.capture(view)):
-        assert view.walked.begun == {}
+    with SECTION.read_ahead(view, adapters.capture(view)):
+        assert view.walked.read_ahead == {}
 
 
 CONFIGS = {

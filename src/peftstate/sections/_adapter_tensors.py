@@ -56,7 +56,8 @@ def _tell_apart(
 ) -> AdapterTensors:
     """What `adapter_tensors` gives."""
     adapter = view.adapters[saved]
-    if names is not None and (found := tensors_of_lora(view, saved, names)):
+    found = None if names is None else tensors_of_lora(view, saved, names)
+    if found is not None:
         return found
     sites = [site for site in view.tensors() if site.adapter == adapter]
     with at_rest(view.model, adapter):

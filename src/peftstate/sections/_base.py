@@ -40,8 +40,8 @@ class Section(Generic[R]):
             matters how that one was captured (over which dtypes, in which form).
         capture_restored: Captures what is to be compared after a restore, where not all need be
             read again.
-        begun: Has other threads begin with what these two will read, while other sections are
-            compared; at its end nothing is read any more.
+        read_ahead: Has other threads read what `capture_like` and `capture_restored` will ask for,
+            while other sections are compared; at its end nothing is read any more.
         prepare: Puts the state back on the bare base model, before the adapter is injected.
         restore: Puts the state back on the wrapped model.
         finish: What must come after every `restore`, for it depends on what these did.
@@ -68,7 +68,7 @@ class Section(Generic[R]):
     capture_restored: Callable[[ModelView, R], R] = attrs.field(
         default=attrs.Factory(lambda self: self.capture_like, takes_self=True)
     )
-    begun: Callable[[ModelView, R], AbstractContextManager[None]] | None = None
+    read_ahead: Callable[[ModelView, R], AbstractContextManager[None]] | None = None
     prepare: Callable[[R, ModelView], None] | None = None
     restore: Callable[[R, ModelView], None] | None = None
     finish: Callable[[R, ModelView], None] | None = None

@@ -229,22 +229,22 @@ def tensor_record(
 
 def tensor_records(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorRecord]:
     """Describe many tensors, in the order of their names."""
-    begun = BegunRecords.of(tensors)
+    reading = Reading.begun(tensors)
     try:
-        return begun.records()
+        return reading.records()
     finally:
-        begun.end()
+        reading.end()
 
 
 @attrs.frozen
-class BegunRecords:
+class Reading:
     """Tensors that other threads have begun to describe, and that must not change until `end`."""
 
     _names: Sequence[str]
     _work: Work[torch.Tensor, TensorRecord]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, torch.Tensor]) -> BegunRecords:
+    def begun(cls, tensors: Mapping[str, torch.Tensor]) -> Reading:
         """Begin."""
         names = sorted(tensors)
         nbytes = sum(tensor.nbytes for tensor in tensors.values())

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftstate.sections._seen import Looks
-    from peftstate.sections._tensors import BegunRecords, TensorRecord
+    from peftstate.sections._tensors import TensorRecord
 
 _TOKENIZER = "_peftstate_tokenizer"
 FINGERPRINTS = ("full", "sampled", "off")
@@ -34,7 +34,7 @@ class _Walked:
     Attributes:
         base_tensors: What `_base_tensors` made of them.
         adapter_tensors: What `_adapter_tensors` made of them, for each adapter.
-        begun: Of which adapters other threads have begun to read the tensors.
+        read_ahead: The adapters whose tensors other threads read already, as `adapters` has them.
     """
 
     def __init__(self, model: Any, adapters: Collection[str]) -> None:
@@ -42,7 +42,7 @@ class _Walked:
         self._adapters = tuple(adapters)
         self.base_tensors: dict[str, Any] = {}
         self.adapter_tensors: dict[str, Any] = {}
-        self.begun: dict[str, BegunRecords] = {}
+        self.read_ahead: dict[str, Any] = {}
 
     def forget(self) -> None:
         """Look again when it is next asked for."""

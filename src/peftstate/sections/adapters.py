@@ -18,14 +18,12 @@ from peftstate._work import switching_often
 from peftstate.errors import AdapterMismatchError, UnverifiedWarning
 from peftstate.sections import _merges
 from peftstate.sections._adapter_config import config_fields
-from peftstate.sections._adapter_tensors import adapter_tensors, tensors_of_lora
+from peftstate.sections._adapter_tensors import AdapterTensors, adapter_tensors, tensors_of_lora
 from peftstate.sections._base import Section
 from peftstate.sections._table import Table
-from peftstate.sections._tensors import BegunRecords, TensorRecord, tensor_records
+from peftstate.sections._tensors import Reading, TensorRecord, tensor_records
 
 if TYPE_CHECKING:
-    import torch
-
     from peftstate.sections._view import ModelView
     from peftstate.sections._walk import Site
 
@@ -167,35 +165,43 @@ def capture_like(view: ModelView, record: AdaptersRecord) -> AdaptersRecord:
     return attrs.evolve(found, safe_merge=record.safe_merge)
 
 
+@attrs.frozen
+class _ReadAhead:
+    """An adapter's tensors, and those of them that other threads read already."""
+
+    tensors: AdapterTensors
+    saved: Reading
+
+
 @contextmanager
-def begun(view: ModelView, record: AdaptersRecord) -> Iterator[None]:
-    """Have other threads begin to read the first adapter, if PEFT has nothing to compute for it.
+def read_ahead(view: ModelView, record: AdaptersRecord) -> Iterator[None]:
+    """Have other threads read an adapter for which PEFT has nothing to compute.
 
     There is one, mostly; to begin with others would not end any sooner.
     """
-    saved, adapter = next(iter(record.adapters.items()))
-    tensors = None
-    if view.walked is not None and saved in view.adapters:
-        tensors = tensors_of_lora(view, saved, adapter.tensors.keys())
-    if view.walked is None or tensors is None:
+    found = None if view.walked is None else _first_of_lora(view, record)
+    if view.walked is None or found is None:
         yield
         return
-    reading = BegunRecords.of(tensors.saved)
-    view.walked.begun[saved] = reading
+    name, tensors = found
+    reading = Reading.begun(tensors.saved)
     try:
+        view.walked.read_ahead[name] = _ReadAhead(tensors, reading)
         with switching_often():
             yield
     finally:
         reading.end()
-        del view.walked.begun[saved]
+        view.walked.read_ahead.pop(name, None)
 
 
-def _saved_records(
-    view: ModelView, saved: str, tensors: Mapping[str, torch.Tensor]
-) -> dict[str, TensorRecord]:
-    """Describe what PEFT saves of an adapter, unless other threads have begun with it."""
-    reading = None if view.walked is None else view.walked.begun.get(saved)
-    return tensor_records(tensors) if reading is None else reading.records()
+def _first_of_lora(view: ModelView, record: AdaptersRecord) -> tuple[str, AdapterTensors] | None:
+    """The first adapter in the model whose tensors need not be asked of PEFT, and these."""
+    for name, adapter in record.adapters.items():
+        if name in view.adapters:
+            tensors = tensors_of_lora(view, name, adapter.tensors.keys())
+            if tensors is not None:
+                return name, tensors
+    return None
 
 
 def _capture(view: ModelView, record: AdaptersRecord | None) -> AdaptersRecord:
@@ -251,12 +257,9 @@ def _describe(view: ModelView, saved: str, like: AdapterRecord | None) -> Adapte
     again, on another device, it may have other last bits.
     """
     live = view.adapters[saved]
-    tensors = adapter_tensors(
-        view,
-        saved,
-        embeddings=like is not None and like.embeddings_saved,
-        names=None if like is None else like.tensors.keys(),
-    )
+    ahead: _ReadAhead | None = None if view.walked is None else view.walked.read_ahead.get(saved)
+    tensors = ahead.tensors if ahead else _tensors_of(view, saved, like)
+    records = ahead.saved.records() if ahead else tensor_records(tensors.saved)
     config = config_fields(view.model.peft_config[live])
     computed = (
         tensor_records(tensors.computed)
@@ -268,11 +271,19 @@ def _describe(view: ModelView, saved: str, like: AdapterRecord | None) -> Adapte
         config=config
         if like is None
         else {key: config[key] for key in like.config if key in config},
-        tensors=dict(sorted({**_saved_records(view, saved, tensors.saved), **computed}.items())),
+        tensors=dict(sorted({**records, **computed}.items())),
         embeddings_saved=like is not None and like.embeddings_saved,
         unsaved=tensor_records({name: site.tensor for name, site in tensors.unsaved.items()}),
         scaling=_scaling(view, live),
     )
+
+
+def _tensors_of(view: ModelView, saved: str, like: AdapterRecord | None) -> AdapterTensors:
+    """The tensors of an adapter, of which those are in a file that were saved."""
+    if like is None:
+        return adapter_tensors(view, saved, embeddings=False)
+    names = like.tensors.keys()
+    return adapter_tensors(view, saved, embeddings=like.embeddings_saved, names=names)
 
 
 def _enabled(view: ModelView) -> bool:
@@ -347,9 +358,11 @@ def _restore_active(record: AdaptersRecord, view: ModelView) -> None:
         else:  # PeftModel.set_adapter takes one name only
             model.base_model.set_adapter(active)
             model.active_adapter = next(iter(active), model.active_adapter)
+        view.changed()  # adaption prompts are put in and taken out
     if record.enabled != _enabled(view):
         switch = "enable_adapter_layers" if record.enabled else "disable_adapter_layers"
         getattr(model.base_model, switch)()
+        view.changed()
 
 
 SECTION = Section(
@@ -357,7 +370,7 @@ SECTION = Section(
     record=AdaptersRecord,
     capture=capture,
     capture_like=capture_like,
-    begun=begun,
+    read_ahead=read_ahead,
     restore=restore,
     per_adapter=True,
     error=AdapterMismatchError,
