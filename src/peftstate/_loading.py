@@ -35,7 +35,6 @@ from peftstate._steps import (
     prepare_base,
     restore_sections,
 )
-from peftstate._work import collecting_seldom
 from peftstate.errors import AdapterLoadError, PeftStateError
 from peftstate.manifest import Manifest
 from peftstate.sections import _origin, adapters, dtype, extra_tensors, records_for_adapters, rng
@@ -55,7 +54,6 @@ Finish = Callable[[peft.PeftModel, _origin.Origin], M]
 load."""
 
 
-@collecting_seldom()
 def load_model(
     base: nn.Module,
     source: Source,
@@ -134,7 +132,6 @@ def load_model(
         return undone_on_failure(base, steps, keep_rng=not restores_rng)
 
 
-@collecting_seldom()
 def load_adapter(
     model: peft.PeftModel,
     source: Source,

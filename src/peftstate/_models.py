@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ from peftstate._source import Source, read_source
 from peftstate._steps import LOCK, Plan
 from peftstate._tokenizer_files import check_beside
 from peftstate._warn import warn
+from peftstate._work import collecting_seldom
 from peftstate.errors import TrainModeWarning
 from peftstate.sections import _merges, _origin
 from peftstate.sections._view import ModelView, keep_tokenizer
@@ -282,7 +283,7 @@ class PeftModel(peft.PeftModel):
             )
             return loaded
 
-        with LOCK:
+        with LOCK, ExitStack() as stack:
             folder = folder_with_manifest(
                 model_id, hub, require_manifest=require_manifest, trusted_keys=trusted_keys
             )
@@ -297,6 +298,7 @@ class PeftModel(peft.PeftModel):
                 return attach_observed(plain, origin, tokenizer)
             for name in hub:
                 del kwargs[name]
+            stack.enter_context(collecting_seldom())
             source = read_source(folder, adapters)
             plan = plan_of(policy, source, is_trainable=is_trainable)
             trainable = is_trainable_in_peft(source, policy, is_trainable=is_trainable)
@@ -387,7 +389,7 @@ class PeftModel(peft.PeftModel):
                 **kwargs,
             )
 
-        with LOCK:
+        with LOCK, ExitStack() as stack:
             folder = folder_with_manifest(
                 model_id, hub, require_manifest=require_manifest, trusted_keys=trusted_keys
             )
@@ -397,6 +399,7 @@ class PeftModel(peft.PeftModel):
                 )
             for name in hub:
                 del kwargs[name]
+            stack.enter_context(collecting_seldom())
             source = read_source(folder, ())
             plan = Plan(policy=policy, skipped=NOT_AN_ADAPTERS)
             return load_adapter(

@@ -141,16 +141,24 @@ class Looks:
 
     def note(self, records: Iterable[tuple[str, TensorRecord]]) -> None:
         """Note the digests that tensors gave after they were looked at."""
+        noted: dict[int, _Seen] = {}
         for name, record in records:
             base = self._bases.get(name)
             if base is None or record.digest is None:
                 continue
-            look = self._looks[id(base.owner.tensor)]
+            tensor = base.owner.tensor
             with _LOCK:
-                seen: _Seen | None = _tensors().get(base.owner.tensor)
-                if seen is None or seen.look != look:
-                    _tensors()[base.owner.tensor] = seen = _Seen(look)
-                seen.digests[name, record.dtype] = record.digest
+                if id(tensor) not in noted:
+                    noted[id(tensor)] = self._seen_as_now(tensor)
+                noted[id(tensor)].digests[name, record.dtype] = record.digest
+
+    def _seen_as_now(self, tensor: torch.Tensor) -> _Seen:
+        """What is noted of a tensor, begun anew if it looks different."""
+        seen: _Seen | None = _tensors().get(tensor)
+        look = self._looks[id(tensor)]
+        if seen is None or seen.look != look:
+            _tensors()[tensor] = seen = _Seen(look)
+        return seen
 
 
 def _tells(tensor: torch.Tensor) -> bool:
