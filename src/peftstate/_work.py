@@ -116,7 +116,7 @@ _SWITCH_INTERVAL = 1e-4
 def collecting_seldom() -> Iterator[None]:
     """Have Python look for cycles of garbage less often, as what makes many objects that stay asks.
 
-    A load makes some ten thousand, and hardly a cycle. By default they would be looked at after
+    A load makes tens of thousands, and hardly a cycle. By default they would be looked at after
     every 700 (`gc.set_threshold`), while the other cores read the memory past the same caches.
     """
     usual = gc.get_threshold()
@@ -129,7 +129,7 @@ def collecting_seldom() -> Iterator[None]:
 
 
 _OBJECTS_BEFORE_COLLECTION = 100_000
-"""Those that a model of 700 layers is loaded with; other threads' garbage is bounded by it."""
+"""More than LoRA on 300 layers makes; it bounds what other threads leave as garbage meanwhile."""
 
 WORTH_A_THREAD = 4 * 1024 * 1024
 """Bytes; BLAKE3 takes half a millisecond for them, about as long as a thread takes to start."""

@@ -6,22 +6,22 @@ tensor in the model must be the saved one, to the last bit and in the saved dtyp
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import attrs
 
 from peftstate._diff import Json
 from peftstate._warn import warn
-from peftstate._work import switching_often
 from peftstate.errors import AdapterMismatchError, UnverifiedWarning
 from peftstate.sections import _merges
+from peftstate.sections._adapter_ahead import being_read, reading
 from peftstate.sections._adapter_config import config_fields
-from peftstate.sections._adapter_tensors import AdapterTensors, adapter_tensors, tensors_of_lora
+from peftstate.sections._adapter_tensors import AdapterTensors, adapter_tensors
 from peftstate.sections._base import Section
 from peftstate.sections._table import Table
-from peftstate.sections._tensors import Reading, TensorRecord, tensor_records
+from peftstate.sections._tensors import TensorRecord, tensor_records
 
 if TYPE_CHECKING:
     from peftstate.sections._view import ModelView
@@ -165,43 +165,9 @@ def capture_like(view: ModelView, record: AdaptersRecord) -> AdaptersRecord:
     return attrs.evolve(found, safe_merge=record.safe_merge)
 
 
-@attrs.frozen
-class _ReadAhead:
-    """An adapter's tensors, and those of them that other threads read already."""
-
-    tensors: AdapterTensors
-    saved: Reading
-
-
-@contextmanager
-def read_ahead(view: ModelView, record: AdaptersRecord) -> Iterator[None]:
-    """Have other threads read an adapter for which PEFT has nothing to compute.
-
-    There is one, mostly; to begin with others would not end any sooner.
-    """
-    found = None if view.walked is None else _first_of_lora(view, record)
-    if view.walked is None or found is None:
-        yield
-        return
-    name, tensors = found
-    reading = Reading.begun(tensors.saved)
-    try:
-        view.walked.read_ahead[name] = _ReadAhead(tensors, reading)
-        with switching_often():
-            yield
-    finally:
-        reading.end()
-        view.walked.read_ahead.pop(name, None)
-
-
-def _first_of_lora(view: ModelView, record: AdaptersRecord) -> tuple[str, AdapterTensors] | None:
-    """The first adapter in the model whose tensors need not be asked of PEFT, and these."""
-    for name, adapter in record.adapters.items():
-        if name in view.adapters:
-            tensors = tensors_of_lora(view, name, adapter.tensors.keys())
-            if tensors is not None:
-                return name, tensors
-    return None
+def read_ahead(view: ModelView, record: AdaptersRecord) -> AbstractContextManager[None]:
+    """Have other threads read the tensors of an adapter."""
+    return reading(view, {name: each.tensors.keys() for name, each in record.adapters.items()})
 
 
 def _capture(view: ModelView, record: AdaptersRecord | None) -> AdaptersRecord:
@@ -257,7 +223,7 @@ def _describe(view: ModelView, saved: str, like: AdapterRecord | None) -> Adapte
     again, on another device, it may have other last bits.
     """
     live = view.adapters[saved]
-    ahead: _ReadAhead | None = None if view.walked is None else view.walked.read_ahead.get(saved)
+    ahead = being_read(view, saved)
     tensors = ahead.tensors if ahead else _tensors_of(view, saved, like)
     records = ahead.saved.records() if ahead else tensor_records(tensors.saved)
     config = config_fields(view.model.peft_config[live])
