@@ -19,6 +19,9 @@ import attrs
 J = TypeVar("J")
 R = TypeVar("R")
 
+WORTH_A_THREAD = 4 * 1024 * 1024
+"""Bytes; BLAKE3 takes half a millisecond for them, about as long as a thread takes to start."""
+
 
 def _ignored(_: int) -> None:
     """What is told how far a thread is that nobody waits for."""
@@ -35,17 +38,18 @@ class Work(Generic[J, R]):
     _pool: ThreadPoolExecutor | None
 
     @classmethod
-    def begun(cls, jobs: Iterable[J], work: Callable[[J], R], *, alone: bool = False) -> Work[J, R]:
+    def begun(
+        cls, jobs: Iterable[J], work: Callable[[J], R], *, nbytes: int = WORTH_A_THREAD
+    ) -> Work[J, R]:
         """Begin, with a thread for each core but the one that this thread has.
 
         Args:
             jobs: What there is to work on.
             work: What is done with each.
-            alone: Whether to leave it all to this thread, as is worth while for what takes less
-                time than a thread takes to start.
+            nbytes: Bytes that there are to read; few are left to this thread.
         """
         todo = deque(enumerate(jobs))
-        others = 0 if alone else min(_cores() - 1, len(todo))
+        others = min(_cores() - 1, len(todo)) if nbytes >= WORTH_A_THREAD else 0
         pool = ThreadPoolExecutor(others, thread_name_prefix="peftstate") if others else None
         begun = cls(work, todo, {}, [], pool)
         if pool is not None:
@@ -131,9 +135,6 @@ def collecting_seldom() -> Iterator[None]:
 _OBJECTS_BEFORE_COLLECTION = 100_000
 """More than LoRA on 300 layers makes; it bounds what other threads leave as garbage meanwhile."""
 
-WORTH_A_THREAD = 4 * 1024 * 1024
-"""Bytes; BLAKE3 takes half a millisecond for them, about as long as a thread takes to start."""
-
 
 def in_threads(
     jobs: Iterable[J],
@@ -148,9 +149,9 @@ def in_threads(
         jobs: What there is to work on.
         work: What is done with each.
         reach: Told by this thread how many are done.
-        nbytes: Bytes that there are to read.
+        nbytes: As in `Work.begun`.
     """
-    begun = Work.begun(jobs, work, alone=nbytes < WORTH_A_THREAD)
+    begun = Work.begun(jobs, work, nbytes=nbytes)
     try:
         return begun.results(reach)
     finally:

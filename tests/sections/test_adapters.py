@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from peftstate import PeftModel
+from peftstate import PeftModel, _work
 from peftstate._diff import ABSENT
 from peftstate.errors import BaseModelMismatchError
-from peftstate.sections import _tensors, adapters
+from peftstate.sections import adapters
 from peftstate.sections._adapter_config import NOT_IN_CONFIG, canonical_fields, config_fields
 from peftstate.sections._view import ModelView
 from peftstate.sections.adapters import SECTION, AdaptersRecord
@@ -84,14 +84,14 @@ def test_reading_ahead_finds_the_same(make, monkeypatch, changes):
         with torch.no_grad():
             model.get_submodule(Q_PROJ).lora_A["default"].weight[0, 0] += 1
     view = ModelView.of(model).now()
-    monkeypatch.setattr(_tensors, "WORTH_A_THREAD", 0)
+    monkeypatch.setattr(_work, "WORTH_A_THREAD", 0)
     with SECTION.read_ahead(view, record):
         monkeypatch.setattr(adapters, "tensor_records", lambda tensors: unread(record, tensors))
         found = adapters.capture_like(view, record)
     path = f"adapters.default.tensors[{Q_PROJ}.lora_A.weight].digest"
     mismatches = SECTION.compare(record, found)
     assert [mismatch.field for mismatch in mismatches] == ([path] if changes else [])
-    assert view.walked.read_ahead == {}
+    assert view.read_ahead == {}
 
 
 def unread(record: AdaptersRecord, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def test_only_plain_lora_is_read_ahead(load_base):
     config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     view = ModelView.of(peft.get_peft_model(load_base(), config)).now()
     with SECTION.read_ahead(view, adapters.capture(view)):
-        assert view.walked.read_ahead == {}
+        assert view.read_ahead == {}
 
 
 CONFIGS = {

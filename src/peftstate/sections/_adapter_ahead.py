@@ -39,25 +39,19 @@ def reading(view: ModelView, files: Mapping[str, Collection[str]]) -> Iterator[N
         view: The model.
         files: The names in the file of each adapter, by its name in the manifest.
     """
-    found = None if view.walked is None else _first_of_lora(view, files)
-    if view.walked is None or found is None:
+    found = _first_of_lora(view, files)
+    if found is None:
         yield
         return
     name, tensors = found
     begun = Reading.begun(tensors.saved)
     try:
-        view.walked.read_ahead[name] = ReadAhead(tensors, begun)
+        view.read_ahead[name] = ReadAhead(tensors, begun)
         with switching_often():
             yield
     finally:
         begun.end()
-        view.walked.read_ahead.pop(name, None)
-
-
-def being_read(view: ModelView, saved: str) -> ReadAhead | None:
-    """What other threads read of an adapter, of a name in the manifest."""
-    found: ReadAhead | None = None if view.walked is None else view.walked.read_ahead.get(saved)
-    return found
+        view.read_ahead.pop(name, None)
 
 
 def _first_of_lora(

@@ -153,7 +153,7 @@ class Looks:
                 noted[id(tensor)].digests[name, record.dtype] = record.digest
 
     def _seen_as_now(self, tensor: torch.Tensor) -> _Seen:
-        """What is noted of a tensor, begun anew if it looks different."""
+        """What is noted of a tensor, begun anew if it looks different; `_LOCK` is held."""
         seen: _Seen | None = _tensors().get(tensor)
         look = self._looks[id(tensor)]
         if seen is None or seen.look != look:

@@ -10,7 +10,7 @@ import attrs
 
 from peftstate._codec import NOT_JSON
 from peftstate._digest import pieces_digest
-from peftstate._work import WORTH_A_THREAD, Work
+from peftstate._work import Work
 from peftstate.sections._host_bytes import host_bytes, wait_until_written
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ class Reading:
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         jobs = [tensors[name] for name in names]
         wait_until_written(jobs)
-        return cls(names, Work.begun(jobs, tensor_record, alone=nbytes < WORTH_A_THREAD))
+        return cls(names, Work.begun(jobs, tensor_record, nbytes=nbytes))
 
     def records(self) -> dict[str, TensorRecord]:
         """The records, in the order of their names, once all are there."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from peftstate.sections._adapter_ahead import ReadAhead
     from peftstate.sections._seen import Looks
     from peftstate.sections._tensors import TensorRecord
 
@@ -34,7 +35,6 @@ class _Walked:
     Attributes:
         base_tensors: What `_base_tensors` made of them.
         adapter_tensors: What `_adapter_tensors` made of them, for each adapter.
-        read_ahead: The adapters whose tensors other threads read already, as `adapters` has them.
     """
 
     def __init__(self, model: Any, adapters: Collection[str]) -> None:
@@ -42,7 +42,6 @@ class _Walked:
         self._adapters = tuple(adapters)
         self.base_tensors: dict[str, Any] = {}
         self.adapter_tensors: dict[str, Any] = {}
-        self.read_ahead: dict[str, Any] = {}
 
     def forget(self) -> None:
         """Look again when it is next asked for."""
@@ -92,6 +91,7 @@ class ModelView:
             remembered; `None` if it is not to be.
         memo: Records of the base model's tensors that were made already. A view, and those made
             from it, are for one moment: the model must not change meanwhile.
+        read_ahead: The adapters that other threads read already, by their names in the manifest.
         walked: What was found in the model at one moment; `None` if it may change meanwhile.
     """
 
@@ -106,6 +106,7 @@ class ModelView:
     known: frozenset[str] = frozenset()
     looks: Looks | None = attrs.field(default=None, eq=False, repr=False)
     memo: dict[str, TensorRecord] = attrs.field(factory=dict, eq=False, repr=False)
+    read_ahead: dict[str, ReadAhead] = attrs.field(factory=dict, eq=False, repr=False)
     walked: _Walked | None = attrs.field(default=None, eq=False, repr=False)
 
     @classmethod

@@ -16,7 +16,7 @@ from peftstate._diff import Json
 from peftstate._warn import warn
 from peftstate.errors import AdapterMismatchError, UnverifiedWarning
 from peftstate.sections import _merges
-from peftstate.sections._adapter_ahead import being_read, reading
+from peftstate.sections._adapter_ahead import reading
 from peftstate.sections._adapter_config import config_fields
 from peftstate.sections._adapter_tensors import AdapterTensors, adapter_tensors
 from peftstate.sections._base import Section
@@ -223,7 +223,7 @@ def _describe(view: ModelView, saved: str, like: AdapterRecord | None) -> Adapte
     again, on another device, it may have other last bits.
     """
     live = view.adapters[saved]
-    ahead = being_read(view, saved)
+    ahead = view.read_ahead.get(saved)
     tensors = ahead.tensors if ahead else _tensors_of(view, saved, like)
     records = ahead.saved.records() if ahead else tensor_records(tensors.saved)
     config = config_fields(view.model.peft_config[live])

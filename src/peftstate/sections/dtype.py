@@ -113,7 +113,7 @@ def _cast_all(view: ModelView, saved: Mapping[_Owner, Table[str]]) -> None:
         if (site.part, site.adapter) in saved
     ]
     if any(casts):
-        view.changed()
+        view.tensors_changed()
 
 
 def _cast(site: TensorSite, name: str | None) -> bool:

@@ -204,7 +204,7 @@ def restore(record: ExtraTensorsRecord, view: ModelView) -> None:
             if name in record.quantized:
                 record.quantized[name].put_back(module)
     if record.has_base:
-        view.changed()
+        view.tensors_changed()
     _end_initialisations(record, view)
 
 

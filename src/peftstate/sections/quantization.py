@@ -178,7 +178,7 @@ def finish(record: QuantizationRecord, view: ModelView) -> None:
         )
     _restore_forms(record, wanted)
     if wanted:
-        view.changed()
+        view.tensors_changed()
 
 
 def _restore_forms(record: QuantizationRecord, wanted: list[tuple[nn.Module, str]]) -> None:
