@@ -207,7 +207,7 @@ def _counting() -> torch.nn.Module:
 @pytest.mark.usefixtures("all_large")
 def test_a_forward_that_writes_to_the_model(tmp_path, monkeypatch):
     """The base model is compared as it was before predictions were, whichever thread does it."""
-    monkeypatch.setattr(_work, "_cores", lambda: 1)
+    monkeypatch.setattr(_work, "usable_cores", lambda: 1)
     config = peft.LoraConfig(target_modules=["linear"], init_lora_weights=False)
     model = peftstate.get_peft_model(_counting(), config).eval()
     model.save_pretrained(tmp_path, prediction_probe={"x": torch.ones(1, 8)})

@@ -20,7 +20,7 @@ PATIENCE = 30.0
 @pytest.fixture(autouse=True)
 def _two_cores(monkeypatch):
     """Whatever the machine has, there is one other thread."""
-    monkeypatch.setattr(_work, "_cores", lambda: 2)
+    monkeypatch.setattr(_work, "usable_cores", lambda: 2)
 
 
 def test_the_order_is_kept():
@@ -52,7 +52,7 @@ def _threads_of(nbytes: int) -> list[threading.Thread]:
 
 def test_one_core_has_no_other_thread(monkeypatch):
     """The one that works on the model would have to wait for it."""
-    monkeypatch.setattr(_work, "_cores", lambda: 1)
+    monkeypatch.setattr(_work, "usable_cores", lambda: 1)
     assert set(_threads_of(WORTH_A_THREAD)) == {threading.current_thread()}
 
 
@@ -120,12 +120,19 @@ def test_threads_that_cannot_be_started_are_done_without(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="a process has all cores")
-def test_as_many_threads_as_the_process_may_use(monkeypatch):
-    """A container has fewer cores than its machine, and memory no more speed than some cores."""
+def test_the_cores_that_the_process_may_use(monkeypatch):
+    """A container has fewer cores than its machine."""
     monkeypatch.undo()
-    for cores, threads in ((1, 1), (3, 3), (200, 16)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
-        assert _work._cores() == threads
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 5})
+    assert _work.usable_cores() == 3
+
+
+def test_no_more_threads_than_make_it_faster(monkeypatch):
+    """Memory has no more speed than some cores take."""
+    monkeypatch.setattr(_work, "usable_cores", lambda: 200)
+    begun = Work.begun(range(100), abs)
+    begun.end()
+    assert len(begun._others) == 15
 
 
 @pytest.mark.parametrize("usual", [(700, 10, 10), (10**6, 5, 5), (0, 10, 10)])

@@ -19,6 +19,7 @@ from peftstate._progress import are_disabled
 from peftstate._report import Report
 from peftstate._storage import ADAPTER_CONFIG_NAME, MANIFEST_NAME, RESERVED_PREFIX
 from peftstate._verifying import verify_files
+from peftstate._work import usable_cores
 from peftstate.cli._terminal import (
     AsJson,
     Exit,
@@ -37,6 +38,8 @@ _SHOWN = 5
 _MANY = 128
 """Adapters for which a process for each core is worth its start: files are hashed in threads just
 as well, but to read a manifest takes Python itself, at which threads take turns."""
+_MOST_PROCESSES = 61
+"""More of them Windows cannot wait for."""
 
 Sources: TypeAlias = Annotated[
     list[str], typer.Argument(metavar="PATH_OR_REPO", help="Adapters' folders, or repos.")
@@ -140,11 +143,13 @@ def _verdicts(
     if len(sources) == 1:  # in this thread, which may show how far it is
         yield map(verdict, sources)
     elif len(sources) < _MANY:
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
+        with ThreadPoolExecutor(usable_cores()) as threads:
             yield threads.map(verdict, sources)
     else:
         ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program as a whole
-        with ProcessPoolExecutor(initializer=signal.signal, initargs=ignore) as processes:
+        number = min(usable_cores(), _MOST_PROCESSES)
+        pool = ProcessPoolExecutor(number, initializer=signal.signal, initargs=ignore)
+        with pool as processes:
             yield processes.map(verdict, sources, chunksize=8)
 
 
