@@ -320,14 +320,18 @@ def test_kept_weights_that_were_damaged(make, reload, tmp_path):
         reload("nf4")
 
 
-def test_unmerged_weights_are_saved(make, reload, logits, tmp_path):
-    """Weights that an adapter was merged into and taken out of are others, and come back."""
-    model = make()
+@pytest.mark.parametrize("kind", KINDS)
+def test_unmerged_weights_are_saved(make, reload, logits, tmp_path, kind):
+    """Weights that an adapter was merged into and taken out of are others, and come back.
+
+    4-bit ones are quantized again from the adapter's dtype, which the layer notes.
+    """
+    model = make(kind)
     model.merge_adapter()
     model.unmerge_adapter()
     expected = logits(model)
     assert warned(model, tmp_path) == ""
-    assert torch.equal(logits(reload()), expected)
+    assert torch.equal(logits(reload(kind)), expected)
 
 
 def test_trainers_that_merge_at_each_step_pay_once(make, monkeypatch):
@@ -483,6 +487,24 @@ def test_adapters_that_were_changed_at_run_time(  # noqa: PLR0917 - fixtures
     loaded = reload(kind)
     assert torch.equal(logits(loaded), expected)
     assert state_of(loaded) == state_of(model)
+
+
+def test_disabled_in_part(make, reload, tmp_path):
+    """Some layers disabled and others not, too, as after an adapter was added to a disabled one."""
+    model = make()
+    model.base_model.disable_adapter_layers()
+    model.add_adapter("third", LoraConfig(target_modules=["o_proj"]))
+    with pytest.raises(SaveError) as caught:
+        model.save_pretrained(tmp_path)
+    assert str(caught.value) == (
+        "The state of the model cannot be saved: adapters are disabled in some of their layers "
+        "only; call disable_adapter_layers() or enable_adapter_layers() of the model's base_model, "
+        "which do it in all. No old file was replaced. What could be saved is in "
+        f"{tmp_path.with_name(f'{tmp_path.name}.rescued-0')}."
+    )
+    model.base_model.disable_adapter_layers()
+    model.save_pretrained(tmp_path)
+    assert all(layer.disable_adapters for layer in layers_of(reload()))
 
 
 def test_a_save_within_disable_adapter(make, reload, load_base, logits, tmp_path):

@@ -180,6 +180,33 @@ def test_what_is_trained_outside_the_adapter_is_kept(load_base, with_lora, logit
         model = loaded
 
 
+def test_tied_weights_that_were_trained_are_kept_once(load_base, tied_lm, with_lora, tmp_path):
+    """As when the embeddings were unfrozen, or cast to a dtype that rounds; they stay tied."""
+    model = with_lora(load_base("bf16", tied_lm))
+    model.get_base_model().lm_head.weight.data += 0.5
+    model.save_pretrained(tmp_path)
+    names = ["lm_head.weight", "model.embed_tokens.weight"]
+    extra = peftstate.read_manifest(tmp_path).sections["extra_tensors"].base
+    assert {extra[name].tensor for name in names} == {"base.lm_head.weight"}
+    base = peftstate.PeftModel.from_pretrained(load_base("bf16", tied_lm), tmp_path)
+    base = base.get_base_model()
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    assert torch.equal(base.lm_head.weight, model.get_base_model().lm_head.weight)
+
+
+def test_weights_that_share_memory_are_kept_apart(load_base, with_lora, tmp_path):
+    """Safetensors writes no two tensors of one memory; a model that is loaded has two of them."""
+    model = with_lora(load_base())
+    first, second = (layer.input_layernorm.weight for layer in model.get_base_model().model.layers)
+    first.data += 0.5
+    second.data = first.data
+    model.save_pretrained(tmp_path)
+    base = peftstate.PeftModel.from_pretrained(load_base(), tmp_path).get_base_model()
+    loaded = [layer.input_layernorm.weight for layer in base.model.layers]
+    assert all(torch.equal(weight, first) for weight in loaded)
+    assert loaded[0].data_ptr() != loaded[1].data_ptr()
+
+
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # PEFT's, of those it dropped
 def test_tensors_lost_to_another_adapters_name_are_kept(load_base, with_lora, logits, tmp_path):
     """PEFT drops tensors of an adapter if another one bears a module's name; they come back."""

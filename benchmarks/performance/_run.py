@@ -195,7 +195,7 @@ def _memory_of(path: str, workload: Workload, folder: Path) -> Memory:
 def _of_server(folder: Path, extent: Extent) -> Iterator[Timing]:
     """Further adapters on a live model; as many as possible where the base model is tiny."""
     for workload in extent.workloads:
-        counts = extent.live[: {TINY.name: 3, GEMMA_BF16.name: 2}.get(workload.name, 1)]
+        counts = extent.live[: {TINY.name: 3, GEMMA_BF16.name: 3}.get(workload.name, 1)]
         place = folder / workload.name
         for count, times in _hot.load_adapter(workload, place, extent.served, counts):
             title = f"{workload.title}, beside {count:,}"

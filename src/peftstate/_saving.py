@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ from peftstate.manifest import FileRecord, Manifest
 from peftstate.sections import SECTIONS, _origin, adapters, records_for_adapters
 from peftstate.sections._adapter_tensors import adapter_tensors, at_rest, live_tensors
 from peftstate.sections._process import this_process
-from peftstate.sections._tensors import sidecar_tensors
+from peftstate.sections._tensors import SidecarTensor, sidecar_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -217,12 +217,24 @@ def write_state(
     records["adapters"] = attrs.evolve(records["adapters"], adapters=written)
     tensors = {tensor.tensor: tensor for tensor in sidecar_tensors(records)}
     if tensors:
-        data = safetensors.torch.save({name: tensor.load() for name, tensor in tensors.items()})
+        data = safetensors.torch.save(_apart(tensors.values()))
         write_file(folder / SIDECAR_NAME, data)
         files[SIDECAR_NAME] = FileRecord(size=len(data), sha256=file_digest(data))
     manifest = Manifest(sections=records, files=files)
     write_file(folder / MANIFEST_NAME, manifest.to_json())
     return manifest
+
+
+def _apart(tensors: Iterable[SidecarTensor]) -> dict[str, torch.Tensor]:
+    """The tensors by name, no two in one memory, of which safetensors would write neither."""
+    found: dict[str, torch.Tensor] = {}
+    memories: set[int] = set()
+    for tensor in tensors:
+        data = tensor.load()
+        memory = data.untyped_storage().data_ptr()
+        found[tensor.tensor] = data.clone() if memory in memories else data
+        memories.add(memory)
+    return found
 
 
 def _saved_embeddings(written: Mapping[str, adapters.AdapterRecord], view: ModelView) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -359,11 +360,22 @@ def test_kernels_of_a_training_are_told(load_base, with_lora, tmp_path, monkeypa
         peftstate.PeftModel.from_pretrained(load_base(), tmp_path)
 
 
+HOOKED = {
+    "model.layers.1.self_attn": lambda model: model.get_base_model().model.layers[1].self_attn,
+    "model.layers.0.self_attn.q_proj": lambda model: (
+        model.get_base_model().model.layers[0].self_attn.q_proj  # a layer of PEFT
+    ),
+    "base_model": lambda model: model.base_model,
+}
+"""Modules that hooks may hang on, by the names that a manifest has."""
+
+
 @pytest.mark.parametrize("kind", ["pre", "post"])
-def test_a_hook_that_was_left_behind_is_told(kind, load_base, with_lora, tmp_path):
+@pytest.mark.parametrize("module", HOOKED)
+def test_a_hook_that_was_left_behind_is_told(kind, module, load_base, with_lora, tmp_path):
     """On whatever module, before or after its forward."""
     model = with_lora(load_base()).eval()
-    layer = model.get_base_model().model.layers[1].self_attn
+    layer = HOOKED[module](model)
 
     def probe(*_: Any) -> None:
         """Changes nothing, which nobody can know."""
@@ -371,6 +383,16 @@ def test_a_hook_that_was_left_behind_is_told(kind, load_base, with_lora, tmp_pat
     register = layer.register_forward_pre_hook if kind == "pre" else layer.register_forward_hook
     register(probe)
     model.save_pretrained(tmp_path)
-    name = r"hooks\[model\.layers\.1\.self_attn\]: saved \[.*probe"
+    name = r"hooks[\[.]" + re.escape(module) + r"\]?: saved \[.*probe"
     with pytest.warns(StateMismatchWarning, match=name):
         peftstate.PeftModel.from_pretrained(load_base(), tmp_path)
+
+
+def test_the_hook_of_gradient_checkpointing_on_wrapped_embeddings(load_base, with_lora, tmp_path):
+    """It hangs on the layer of PEFT that stands in for them, and comes back below it."""
+    model = with_lora(load_base(), modules_to_save=["embed_tokens"]).eval()
+    model.enable_input_require_grads()
+    model.save_pretrained(tmp_path)
+    loaded = peftstate.PeftModel.from_pretrained(load_base(), tmp_path)
+    assert list(capture(loaded).hooks) == ["model.embed_tokens"]
+    assert peftstate.verify(loaded, tmp_path).ok

@@ -44,6 +44,7 @@ class Site(NamedTuple):
         shadowed: Whether a trained copy stands in for it (PEFT's `modules_to_save`).
         merged: Whether an adapter is merged into its tensors.
         adapted: Whether a layer of PEFT is around it.
+        around: Of a layer of PEFT, the name of the base model's module that it is around.
     """
 
     part: Part
@@ -53,6 +54,7 @@ class Site(NamedTuple):
     shadowed: bool = False
     merged: bool = False
     adapted: bool = False
+    around: str | None = None
 
 
 class TensorSite(NamedTuple):
@@ -279,17 +281,19 @@ class _Walk:
         held = _keys_of(module)
         members = [name for name in self._adapters if name in held]
         for adapter in members or self._owners(module):
-            self._add(adapter, live, module)
+            self._add(adapter, live, module, around=name)
         if not self._adapters:  # a base model by itself: what is in it of others is not looked at
             return
         for key, child in module._modules.items():
             if key != original and child is not None:
                 self._walk_shared(child, _join(live, key), members)
 
-    def _add(self, adapter: str, live: str, module: nn.Module) -> None:
+    def _add(
+        self, adapter: str, live: str, module: nn.Module, *, around: str | None = None
+    ) -> None:
         """Add a module of an adapter, if that is wanted."""
         if adapter in self._wanted:
-            self._found.append(Site("adapter", adapter, live, module))
+            self._found.append(Site("adapter", adapter, live, module, around=around))
 
     def _owners(self, module: nn.Module) -> tuple[str, ...]:
         """The adapters of a layer that holds nothing by the names of adapters."""

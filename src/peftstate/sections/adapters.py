@@ -118,6 +118,11 @@ def _refuse_unloadable(view: ModelView) -> None:
             "an adapter is merged into some of its layers only; merge it into the others, too, by "
             "merge_adapter(), or call unmerge_adapter()"
         )
+    if len(set(_disabled(view))) > 1:
+        raise ValueError(
+            "adapters are disabled in some of their layers only; call disable_adapter_layers() or "
+            "enable_adapter_layers() of the model's base_model, which do it in all"
+        )
     for name, config in view.model.peft_config.items():
         if getattr(config, "use_trainable_adapters", False) and name != "default":
             # peft/peft_model.py::PeftModel.save_pretrained puts each adapter into its own folder
@@ -261,7 +266,13 @@ def _enabled(view: ModelView) -> bool:
     tuner = getattr(view.model, "base_model", None)
     if isinstance(tuner, AdaptionPromptModel):
         return bool(tuner._enabled)
-    return not any(getattr(layer, "disable_adapters", False) for layer in view.layers())
+    return not any(_disabled(view))
+
+
+def _disabled(view: ModelView) -> list[bool]:
+    """Of each layer that can be disabled, whether it is."""
+    states = (getattr(layer, "disable_adapters", None) for layer in view.layers())
+    return [bool(state) for state in states if state is not None]
 
 
 def _scaling(view: ModelView, adapter: str) -> Table[float]:

@@ -23,6 +23,7 @@ from peftstate.sections._quantized_weights import QuantizedWeight, can_keep
 from peftstate.sections._tensors import SidecarTensor
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from peftstate.sections._view import ModelView
@@ -104,14 +105,22 @@ def capture(view: ModelView) -> ExtraTensorsRecord:
             )
         quantized[owner.name.removesuffix(_WEIGHT)] = owner.module
     return ExtraTensorsRecord(
-        base={
-            name: SidecarTensor.of(f"base.{name}", found[name].tensor)
-            for name in wanted
-            if found[name].site is not None
-        },
+        base=_of_base({name: found[name] for name in wanted if found[name].site is not None}),
         adapters={saved: _of_adapter(view, saved) for saved in view.adapters},
         quantized={name: _quantized(name, module) for name, module in quantized.items()},
     )
+
+
+def _of_base(found: Mapping[str, BaseTensor]) -> dict[str, SidecarTensor]:
+    """Describe tensors of the base model; tied ones are one in the sidecar."""
+    first: dict[int, SidecarTensor] = {}
+    described = {}
+    for name, base in found.items():
+        tensor = base.tensor
+        if id(tensor) not in first:
+            first[id(tensor)] = SidecarTensor.of(f"base.{name}", tensor)
+        described[name] = first[id(tensor)]
+    return described
 
 
 _CHANGED = (
@@ -196,9 +205,13 @@ def _look_up(
 def restore(record: ExtraTensorsRecord, view: ModelView) -> None:
     """Put the base model's tensors in their places; adapters' tensors came with the others."""
     found = base_tensors(view) if record.base else {}
+    owners: dict[str, torch.Tensor] = {}
     for name, base in found.items():
         if name in record.base and base.site is not None:
-            _put(record.base[name], base.site)
+            saved = record.base[name]
+            if owners.setdefault(saved.tensor, base.site.tensor) is not base.site.tensor:
+                saved = attrs.evolve(saved, data=saved.load().clone())  # not tied in this model
+            _put(saved, base.site)
     if record.quantized:
         for name, module in view.base_modules():
             if name in record.quantized:

@@ -7,7 +7,7 @@ accelerate's autocast wrapper stays on `forward`, hooks stay on modules, kernels
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +80,8 @@ class ImplementationRecord:
             version 5, are left out.
         autocast: The wrapper that accelerate left on the model's `forward`, or `None`. It changes
             what calling the model gives; `generate` goes round it.
-        hooks: Forward hooks on modules of the base model: ``"model.embed_tokens"`` → names of
-            functions.
+        hooks: Forward hooks on modules of the base model, on PEFT's layers around them, and on
+            what PEFT puts around the model: ``"model.embed_tokens"`` → names of functions.
         kernels: Classes whose `forward` a kernel library replaced: class → module of the function.
     """
 
@@ -159,20 +159,40 @@ def _autocast(model: nn.Module) -> AutocastRecord | None:
 
 
 def _hooks(view: ModelView) -> dict[str, tuple[str, ...]]:
-    """The forward hooks on the base model's modules.
+    """The forward hooks by the names of modules.
 
     That which makes inputs require gradients counts once: PEFT sets it when it prepares a model
     and again when it wraps it, which changes nothing.
     """
-    found = {}
-    for name, module in view.base_modules():
+    found: dict[str, list[str]] = {}
+    for name, module in _hooked(view):
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         functions = [_function_name(hook) for hook in hooks]
         names = [function for function in functions if not function.startswith(_LISTENING)]
-        others = [function for function in names if not function.endswith(_INPUT_HOOK)]
         if names:
-            found[name] = tuple(others + sorted(set(names) - set(others)))
-    return found
+            found.setdefault(name, []).extend(names)
+    return {name: _with_input_hook_once(names) for name, names in found.items()}
+
+
+def _hooked(view: ModelView) -> Iterator[tuple[str, nn.Module]]:
+    """The modules with forward hooks, but for those of adapters alone.
+
+    A layer of PEFT goes by the name of the module that it is around, which has that hook before it
+    is wrapped.
+    """
+    seen: set[int] = set()  # adapters share layers
+    for site in view.sites():
+        module, name = site.module, site.name if site.part != "adapter" else site.around
+        has_hooks = module._forward_pre_hooks or module._forward_hooks
+        if has_hooks and name is not None and id(module) not in seen:
+            seen.add(id(module))
+            yield name, module
+
+
+def _with_input_hook_once(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of functions, that which makes inputs require gradients once and last."""
+    others = [name for name in names if not name.endswith(_INPUT_HOOK)]
+    return tuple(others + sorted(set(names) - set(others)))
 
 
 def _function_name(function: Any) -> str:
@@ -210,7 +230,7 @@ def _restore_input_hook(record: ImplementationRecord, view: ModelView) -> None:
     if saved and not found and hasattr(view.base, "enable_input_require_grads"):
         view.base.enable_input_require_grads()
     if found and not saved:
-        for _, module in view.base_modules():
+        for _, module in _hooked(view):
             for key, hook in list(module._forward_hooks.items()):
                 if _function_name(hook).endswith(_INPUT_HOOK):
                     del module._forward_hooks[key]

@@ -20,6 +20,7 @@ from peftstate.errors import QuantizationMismatchError, StateMismatchWarning
 from peftstate.sections import _bitsandbytes, _origin, _quantization_config
 from peftstate.sections import _bitsandbytes_forms as forms
 from peftstate.sections._base import Section
+from peftstate.sections._base_tensors import base_tensors
 from peftstate.sections._bitsandbytes import LayerSettings, LayerState
 from peftstate.sections._table import Table
 from peftstate.sections._tensors import digest
@@ -48,8 +49,8 @@ class QuantizationRecord:
             numbers, ``{"model.layers.*.mlp.up_proj": "0-27"}``.
         layers: How they are quantized.
         state: What was set on them and what running them changed; restored.
-        requantized: Layers whose weight was quantized again, since an adapter is merged into it or
-            began with rewriting it; they are compared after the load has put it back.
+        requantized: Layers whose weight was quantized again, since an adapter is or was merged into
+            it or began with rewriting it; they are compared after the load has put it back.
         scales: Digest of the scales that packing rounded, of all layers that are not fresh;
             `None` if all are.
     """
@@ -70,13 +71,23 @@ RESTORED = frozenset({"state", "scales"})
 
 def capture(view: ModelView) -> QuantizationRecord:
     """Read the quantization config and the layers of bitsandbytes."""
-    return _describe(view, _layers(view))
+    layers = _layers(view)
+    return attrs.evolve(_describe(view, layers), requantized=_requantized(view, layers))
+
+
+def _requantized(view: ModelView, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """The names of the layers whose weight is another one than the base model was loaded with."""
+    if not layers:
+        return ()
+    merged = {site.name for site in view.sites() if site.merged}
+    found = base_tensors(view)
+    lost = {found[name].owner.name.removesuffix(".weight") for name in _origin.lost(view, found)}
+    return tuple(sorted(layers.keys() & (merged | lost)))
 
 
 def _describe(view: ModelView, layers: Mapping[str, nn.Module]) -> QuantizationRecord:
     """The record of a model with some layers of bitsandbytes."""
     base: Any = view.base
-    rewritten = _origin.is_rewritten(view)
     config = _quantization_config.of_model(base)
     method = None if config is None else config.get("quant_method")
     if method in (None, BITSANDBYTES):  # a config may outlive the layers, and layers need none
@@ -88,13 +99,7 @@ def _describe(view: ModelView, layers: Mapping[str, nn.Module]) -> QuantizationR
         modules=_numbered(layers),
         layers=_table({name: _bitsandbytes.settings_of(module) for name, module in layers.items()}),
         state=_table({name: _bitsandbytes.state_of(module) for name, module in layers.items()}),
-        requantized=tuple(
-            sorted(
-                site.name
-                for site in view.sites()
-                if site.name in layers and (site.merged or (site.adapted and rewritten))
-            )
-        ),
+        requantized=(),
         scales=_scales_digest(
             forms.weight_of(module)
             for module in layers.values()
