@@ -120,7 +120,9 @@ def load_model(
             set_tensors(walked, source.adapters, manifest, plan)
         report = compare_restored(walked, manifest, plan)
         end_check()
-        loaded = finish(view.model, _origin.of_loaded(view, manifest.sections["base_model"]))
+        from_sidecar = manifest.sections["extra_tensors"].base
+        base_record = manifest.sections["base_model"]
+        loaded = finish(view.model, _origin.of_loaded(walked, base_record, extra=from_sidecar))
         tell("loaded", source.folder.path, manifest, since=began, sections=report.sections)
         return loaded
 

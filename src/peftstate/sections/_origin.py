@@ -19,9 +19,11 @@ from peftstate.sections._base_tensors import (
     embedding_weight,
     records,
 )
+from peftstate.sections._config_buffers import config_buffers, is_rounded
 from peftstate.sections._tensors import TensorRecord, tensor_record
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from peftstate.sections._view import ModelView
@@ -47,13 +49,15 @@ class _BaseRecord(Protocol):
 
 @attrs.frozen
 class Origin:
-    """The tensors of a base model as its checkpoint gave them.
+    """The tensors of a base model as its checkpoint gave them, and buffers as its config did.
 
     Attributes:
         tensors: Their records; a tensor that is not among them is none of the checkpoint's.
+        buffers: Records of the buffers; `None` of those that a load has put in the config's place.
     """
 
     tensors: Mapping[str, TensorRecord]
+    buffers: Mapping[str, TensorRecord | None]
 
 
 def observe(view: ModelView) -> Origin:
@@ -62,7 +66,12 @@ def observe(view: ModelView) -> Origin:
     found = base_tensors(view)
     new = _not_loaded(view, found) | _rewritten(view, found)
     known = {name: base for name, base in found.items() if name not in new and not base.replayed}
-    return Origin(records(view, known))
+    return Origin(records(view, known), _described_buffers(view))
+
+
+def _described_buffers(view: ModelView) -> dict[str, TensorRecord]:
+    """The records of the buffers that the config gives."""
+    return {name: tensor_record(site.tensor) for name, site in config_buffers(view).items()}
 
 
 def keep(model: nn.Module, origin: Origin) -> None:
@@ -70,11 +79,21 @@ def keep(model: nn.Module, origin: Origin) -> None:
     setattr(model, _ATTRIBUTE, origin)
 
 
-def of_loaded(view: ModelView, record: _BaseRecord) -> Origin:
-    """What a checkpoint gave of a model that was just loaded, by the record it was loaded with."""
+def of_loaded(view: ModelView, record: _BaseRecord, *, extra: Collection[str]) -> Origin:
+    """What checkpoint and config gave of a model that was just loaded.
+
+    Args:
+        view: The model.
+        record: The record that it was loaded with.
+        extra: The names of the tensors of the base model that came from the sidecar.
+    """
     put_back = {*record.changed, *record.shadowed}
     tensors = record.tensors if record.fingerprint == "full" else observe(view).tensors
-    return Origin({name: tensor for name, tensor in tensors.items() if name not in put_back})
+    buffers = _described_buffers(view)
+    return Origin(
+        {name: tensor for name, tensor in tensors.items() if name not in put_back},
+        {name: None if name in extra else buffer for name, buffer in buffers.items()},
+    )
 
 
 def changed(view: ModelView, tensors: Mapping[str, BaseTensor]) -> frozenset[str]:
@@ -123,6 +142,24 @@ def lost(view: ModelView, tensors: Mapping[str, BaseTensor]) -> list[str]:
         for name in changed(view, tensors)
         if not tensors[name].replayed or (rewritten and tensors[name].owner.adapted)
     )
+
+
+def lost_buffers(view: ModelView) -> list[str]:
+    """The names of the buffers that the config would give otherwise, as far as that can be told.
+
+    Not of those that are there since then or have another shape, as caches that a model fills.
+    """
+    origin: Origin | None = getattr(view.model, _ATTRIBUTE, None)
+    known = {} if origin is None else origin.buffers
+
+    def is_lost(name: str, buffer: torch.Tensor) -> bool:
+        if name not in known or (before := known[name]) is None:
+            return name in known or is_rounded(buffer)
+        is_same_shape = tuple(buffer.shape) == before.shape
+        return is_same_shape and (is_rounded(buffer) or tensor_record(buffer) != before)
+
+    found = config_buffers(view)
+    return sorted(name for name, site in found.items() if is_lost(name, site.tensor))
 
 
 def is_rewritten(view: ModelView) -> bool:

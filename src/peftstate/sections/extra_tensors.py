@@ -1,8 +1,9 @@
 """`extra_tensors`: what is in the model but in no file, neither PEFT's nor the base checkpoint's.
 
 PEFT saves what its config names. A norm or a head that was unfrozen by hand, embeddings that were
-resized, BatchNorm statistics, weights that PiSSA and its kin rewrote, the layers that computed a
-prompt: without these the reloaded model is another one. They go to the sidecar.
+resized, BatchNorm statistics, weights that PiSSA and its kin rewrote, RoPE's frequencies that a
+cast has rounded, the layers that computed a prompt: without these the reloaded model is another
+one. They go to the sidecar.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from peftstate.sections._adapter_tensors import adapter_tensors
 from peftstate.sections._base import Section
 from peftstate.sections._base_tensors import BaseTensor, base_tensors
 from peftstate.sections._bitsandbytes_forms import form_of
+from peftstate.sections._config_buffers import config_buffers
 from peftstate.sections._quantized_weights import QuantizedWeight, can_keep
 from peftstate.sections._tensors import SidecarTensor
 
@@ -35,7 +37,7 @@ class ExtraTensorsRecord:
     """Tensors that only the sidecar has.
 
     Attributes:
-        base: Of the base model, by name.
+        base: Of the base model, by name; one that is tied is there under each of its names.
         adapters: The parameters of each adapter that PEFT does not save.
         quantized: Quantized weights of the base model, by the names of their layers.
     """
@@ -104,19 +106,29 @@ def capture(view: ModelView) -> ExtraTensorsRecord:
                 "the base model anew, and the adapter onto it, and save that"
             )
         quantized[owner.name.removesuffix(_WEIGHT)] = owner.module
+    sites = _sites(view)
+    kept = [*(name for name in wanted if name in sites), *_origin.lost_buffers(view)]
     return ExtraTensorsRecord(
-        base=_of_base({name: found[name] for name in wanted if found[name].site is not None}),
+        base=_of_base({name: sites[name].tensor for name in kept}),
         adapters={saved: _of_adapter(view, saved) for saved in view.adapters},
         quantized={name: _quantized(name, module) for name, module in quantized.items()},
     )
 
 
-def _of_base(found: Mapping[str, BaseTensor]) -> dict[str, SidecarTensor]:
+def _sites(view: ModelView) -> dict[str, TensorSite]:
+    """The tensors of the base model that can be put back one by one, and where they hang."""
+    found = base_tensors(view).items()
+    return {
+        **{name: base.site for name, base in found if base.site is not None},
+        **config_buffers(view),
+    }
+
+
+def _of_base(tensors: Mapping[str, torch.Tensor]) -> dict[str, SidecarTensor]:
     """Describe tensors of the base model; tied ones are one in the sidecar."""
     first: dict[int, SidecarTensor] = {}
     described = {}
-    for name, base in found.items():
-        tensor = base.tensor
+    for name, tensor in tensors.items():
         if id(tensor) not in first:
             first[id(tensor)] = SidecarTensor.of(f"base.{name}", tensor)
         described[name] = first[id(tensor)]
@@ -170,13 +182,13 @@ def capture_like(view: ModelView, record: ExtraTensorsRecord) -> ExtraTensorsRec
 
     A quantized weight in another form is left to `base_model`, whose digests are the same in all.
     """
-    found = base_tensors(view) if record.base else {}
+    sites = _sites(view) if record.base else {}
     layers = dict(view.base_modules()) if record.quantized else {}
     return ExtraTensorsRecord(
         base={
-            name: SidecarTensor.of(saved.tensor, found[name].tensor)
+            name: SidecarTensor.of(saved.tensor, sites[name].tensor)
             for name, saved in record.base.items()
-            if name in found
+            if name in sites
         },
         adapters={
             adapter: _look_up(view, adapter, tensors)
@@ -204,14 +216,13 @@ def _look_up(
 
 def restore(record: ExtraTensorsRecord, view: ModelView) -> None:
     """Put the base model's tensors in their places; adapters' tensors came with the others."""
-    found = base_tensors(view) if record.base else {}
     owners: dict[str, torch.Tensor] = {}
-    for name, base in found.items():
-        if name in record.base and base.site is not None:
+    for name, site in _sites(view).items() if record.base else ():
+        if name in record.base:
             saved = record.base[name]
-            if owners.setdefault(saved.tensor, base.site.tensor) is not base.site.tensor:
+            if owners.setdefault(saved.tensor, site.tensor) is not site.tensor:
                 saved = attrs.evolve(saved, data=saved.load().clone())  # not tied in this model
-            _put(saved, base.site)
+            _put(saved, site)
     if record.quantized:
         for name, module in view.base_modules():
             if name in record.quantized:
