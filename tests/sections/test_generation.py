@@ -10,7 +10,13 @@ import attrs
 import pytest
 import torch
 from torch import nn
-from transformers import GenerationConfig, SynthIDTextWatermarkingConfig, WatermarkingConfig
+from transformers import (
+    GenerationConfig,
+    SynthIDTextWatermarkingConfig,
+    ViTConfig,
+    ViTModel,
+    WatermarkingConfig,
+)
 
 from peftstate.sections import generation
 from peftstate.sections._view import ModelView
@@ -192,6 +198,18 @@ def test_generation_goes_on_as_saved(models):
 def test_use_cache_is_restored(models):
     """`prepare_model_for_kbit_training` and trainers switch the cache off on the config."""
     model, base = models
+    model.config.use_cache = False
+    assert restore(capture(model), base) == []
+    assert base.config.use_cache is False
+
+
+def test_use_cache_is_restored_where_the_config_has_no_such_field():
+    """`Trainer` sets it on the config of every model; that of a vision model has no cache."""
+    config = ViTConfig(
+        image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    model, base = (ViTModel(copy.deepcopy(config)) for _ in range(2))
+    assert not hasattr(base.config, "use_cache")
     model.config.use_cache = False
     assert restore(capture(model), base) == []
     assert base.config.use_cache is False

@@ -102,12 +102,14 @@ _ORIGINAL = "_original_object_hash"
 
 def restore(record: GenerationRecord, view: ModelView) -> None:
     """Give the base model a generation config with the saved fields."""
+    from transformers import PretrainedConfig
+
     live = _config_of(view)
     if record.config is not None and live is not None and record.config != fields(live):
         view.base.generation_config = _config(record.config, live)
     config: Any = getattr(view.base, "config", None)
-    if record.use_cache is not None and hasattr(config, "use_cache"):
-        config.use_cache = record.use_cache
+    if record.use_cache is not None and isinstance(config, PretrainedConfig):
+        config.use_cache = record.use_cache  # `Trainer` sets it on vision models, too
 
 
 def _config(saved: Mapping[str, Json], live: GenerationConfig) -> GenerationConfig:
