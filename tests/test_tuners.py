@@ -416,6 +416,38 @@ def test_xlora_has_its_experts_beside_it(saved, bases, tmp_path):
         loaded.save_pretrained(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tuner: tuner.set_topk_lora(1),
+        lambda tuner: tuner.set_global_scaling_weight(2.0),
+        lambda tuner: tuner.set_scaling_pass_value(0.3),
+        lambda tuner: tuner.set_scaling_pass_value(None),
+        lambda tuner: tuner.disable_adapter_layers(),
+    ],
+    ids=["top k", "weight", "pass value", "no pass value", "disabled"],
+)
+def test_what_was_set_on_xlora_comes_back(load_base, bases, tmp_path, change):
+    """PEFT sets it in a copy of the config, and would write the config as it was before."""
+    case = with_experts(CASES["XLORA"], load_base, tmp_path)
+    model = peftstate.get_peft_model(bases(case), case.make())
+    disturb(model)
+    before, config = run(model, case), model.peft_config["default"]
+    fields = config.to_dict()
+    change(model.base_model)
+    changed = run(model, case)
+    assert not torch.equal(changed, before)
+    model.save_pretrained(tmp_path / "adapter")
+    assert model.peft_config["default"] is config
+    assert config.to_dict() == fields
+    assert peftstate.verify(model, tmp_path / "adapter").ok
+    for is_trainable in (None, False):
+        loaded = peftstate.PeftModel.from_pretrained(
+            bases(case), tmp_path / "adapter", is_trainable=is_trainable
+        )
+        assert torch.equal(run(loaded, case), changed)
+
+
 @every_type
 def test_a_load_that_fails_leaves_no_trace(saved, bases, monkeypatch):
     """Whatever the tuner did to the base model is undone, and a second try succeeds."""

@@ -40,6 +40,7 @@ from peftstate._written import describe_written
 from peftstate.errors import PeftStateError, SaveError, UnfinishedSaveWarning
 from peftstate.manifest import FileRecord, Manifest
 from peftstate.sections import SECTIONS, _origin, adapters, records_for_adapters
+from peftstate.sections._adapter_config import completed_configs
 from peftstate.sections._adapter_tensors import adapter_tensors, at_rest, live_tensors
 from peftstate.sections._process import this_process
 from peftstate.sections._tensors import SidecarTensor, sidecar_tensors
@@ -265,7 +266,7 @@ def _write_adapters(view: ModelView, folder: Path, write: WriteAdapter, *, conve
     # PEFT edits the configs, and to convert it loads another adapter; if it fails they stay.
     snapshot = Snapshot.of(model) if converts else Snapshot.of_configs(model)
     try:
-        with at_rest(model, next(iter(view.adapters.values()))):
+        with at_rest(model, next(iter(view.adapters.values()))), completed_configs(model):
             write(folder, _detached(model))
     except BaseException as error:
         snapshot.restore()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -26,6 +28,34 @@ NOT_IN_CONFIG = frozenset(
     }
 )
 """Fields of a PEFT config that are no part of the record."""
+
+
+_SET_BY_XLORA = ("global_scaling_weight", "scaling_pass_value", "top_k_lora")
+"""Fields that methods of X-LoRA's model set, which say that they set them in the config
+(`peft/tuners/xlora/model.py::XLoraModel.set_topk_lora`); they do in a copy, the classifier's."""
+
+
+def config_of(model: Any, adapter: str) -> PeftConfig:
+    """The config of an adapter of a model, with what was set on the model since."""
+    config: PeftConfig = model.peft_config[adapter]
+    if config.peft_type != "XLORA":
+        return config
+    config = copy.copy(config)
+    for name in _SET_BY_XLORA:
+        setattr(config, name, getattr(model.base_model.internal_xlora_classifier.config, name))
+    return config
+
+
+@contextmanager
+def completed_configs(model: Any) -> Iterator[None]:
+    """Have PEFT write the configs of a model's adapters with what was set on the model since."""
+    configs: dict[str, PeftConfig] = model.peft_config
+    before = configs.copy()
+    configs.update({adapter: config_of(model, adapter) for adapter in before})
+    try:
+        yield
+    finally:
+        configs.update(before)
 
 
 def config_fields(config: PeftConfig) -> dict[str, Json]:

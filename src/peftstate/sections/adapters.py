@@ -17,7 +17,7 @@ from peftstate._warn import warn
 from peftstate.errors import AdapterMismatchError, UnverifiedWarning
 from peftstate.sections import _merges
 from peftstate.sections._adapter_ahead import reading
-from peftstate.sections._adapter_config import config_fields
+from peftstate.sections._adapter_config import config_fields, config_of
 from peftstate.sections._adapter_tensors import AdapterTensors, adapter_tensors
 from peftstate.sections._base import Section
 from peftstate.sections._table import Table
@@ -231,7 +231,7 @@ def _describe(view: ModelView, saved: str, like: AdapterRecord | None) -> Adapte
     ahead = view.read_ahead.get(saved)
     tensors = ahead.tensors if ahead else _tensors_of(view, saved, like)
     records = ahead.saved.records() if ahead else tensor_records(tensors.saved)
-    config = config_fields(view.model.peft_config[live])
+    config = config_fields(config_of(view.model, live))
     computed = (
         tensor_records(tensors.computed)
         if like is None
@@ -260,12 +260,15 @@ def _tensors_of(view: ModelView, saved: str, like: AdapterRecord | None) -> Adap
 def _enabled(view: ModelView) -> bool:
     """Whether adapters are applied."""
     from peft.tuners.adaption_prompt import AdaptionPromptModel
+    from peft.tuners.xlora import XLoraModel
 
     if getattr(view.model, "_adapters_disabled", False):
         return False
     tuner = getattr(view.model, "base_model", None)
     if isinstance(tuner, AdaptionPromptModel):
         return bool(tuner._enabled)
+    if isinstance(tuner, XLoraModel):
+        return not tuner.disabled
     return not any(_disabled(view))
 
 
