@@ -334,6 +334,19 @@ def test_unmerged_weights_are_saved(make, reload, logits, tmp_path, kind):
     assert torch.equal(logits(reload(kind)), expected)
 
 
+def test_an_adapter_that_changes_nothing_is_merged_and_unmerged(load_base, with_lora, tmp_path):
+    """4-bit weights are then the same, but quantized from the adapter's dtype."""
+    model = with_lora(load_base("nf4"), init_lora_weights=True)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path)
+    loaded = peftstate.PeftModel.from_pretrained(load_base("nf4"), tmp_path)
+    layers = [each.get_base_model().get_submodule(Q_PROJ).base_layer for each in (model, loaded)]
+    assert [layer.weight.quant_state.dtype for layer in layers] == [torch.float32] * 2
+    loaded.save_pretrained(tmp_path / "again")
+    assert peftstate.PeftModel.from_pretrained(load_base("nf4"), tmp_path / "again")
+
+
 def test_trainers_that_merge_at_each_step_pay_once(make, monkeypatch):
     """The base model is digested before the first merge, not before each one."""
     from peftstate.sections import _origin

@@ -19,6 +19,7 @@ from peftstate.sections._base_tensors import (
     embedding_weight,
     records,
 )
+from peftstate.sections._bitsandbytes import dtype_quantized_from
 from peftstate.sections._config_buffers import config_buffers, is_rounded
 from peftstate.sections._tensors import TensorRecord, tensor_record
 
@@ -54,10 +55,12 @@ class Origin:
     Attributes:
         tensors: Their records; a tensor that is not among them is none of the checkpoint's.
         buffers: Records of the buffers; `None` of those that a load has put in the config's place.
+        quantized_from: The names of the dtypes that 4-bit weights were quantized from.
     """
 
     tensors: Mapping[str, TensorRecord]
     buffers: Mapping[str, TensorRecord | None]
+    quantized_from: Mapping[str, str | None]
 
 
 def observe(view: ModelView) -> Origin:
@@ -66,7 +69,16 @@ def observe(view: ModelView) -> Origin:
     found = base_tensors(view)
     new = _not_loaded(view, found) | _rewritten(view, found)
     known = {name: base for name, base in found.items() if name not in new and not base.replayed}
-    return Origin(records(view, known), _described_buffers(view))
+    return Origin(records(view, known), _described_buffers(view), _quantized_from(found))
+
+
+def _quantized_from(found: Mapping[str, BaseTensor]) -> dict[str, str | None]:
+    """The dtypes that 4-bit weights were quantized from, by the names of the weights."""
+    return {
+        name: dtype_quantized_from(base.owner.module)
+        for name, base in found.items()
+        if base.site is None and name == base.owner.name
+    }
 
 
 def _described_buffers(view: ModelView) -> dict[str, TensorRecord]:
@@ -93,6 +105,7 @@ def of_loaded(view: ModelView, record: _BaseRecord, *, extra: Collection[str]) -
     return Origin(
         {name: tensor for name, tensor in tensors.items() if name not in put_back},
         {name: None if name in extra else buffer for name, buffer in buffers.items()},
+        _quantized_from(base_tensors(view)),
     )
 
 
@@ -112,6 +125,8 @@ def changed(view: ModelView, tensors: Mapping[str, BaseTensor]) -> frozenset[str
     known = (origin or observe(view)).tensors
     now = records(view, found) if by_digest else {}
     rewritten = set() if by_digest else _rewritten(view, found)
+    if origin is not None:
+        rewritten |= _requantized(origin, found)
 
     def is_same(name: str, base: BaseTensor) -> bool:
         if base.replayed or name not in known or name in rewritten:
@@ -119,6 +134,18 @@ def changed(view: ModelView, tensors: Mapping[str, BaseTensor]) -> frozenset[str
         return _is_same(base, now[name], known[name]) if by_digest else not _is_trainable(base)
 
     return frozenset(name for name, base in found.items() if not is_same(name, base))
+
+
+def _requantized(origin: Origin, found: Mapping[str, BaseTensor]) -> set[str]:
+    """The 4-bit weights that were quantized from another dtype, as a merge does, maybe to the same.
+
+    Args:
+        origin: How the weights were before.
+        found: What `base_tensors` gives of the model.
+    """
+    before = origin.quantized_from
+    now = _quantized_from(found)
+    return {name for name in before.keys() & now.keys() if before[name] != now[name]}
 
 
 def originals(view: ModelView, names: Collection[str]) -> dict[str, TensorRecord | None]:
