@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 
 import peftstate
+from peftstate.errors import BaseModelMismatchError
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{warning}")
@@ -85,7 +87,8 @@ TASKS = {
 # Prefix tuning puts keys and values among those of the past, which the others do not take; with
 # transformers 4, PEFT cannot for a decoder that has an encoder.
 HAS_PREFIXES = {"CAUSAL_LM"}
-if int(transformers.__version__.partition(".")[0]) >= 5:  # which marks the weights that it loaded
+MARKS_WHAT_IT_LOADED = int(transformers.__version__.partition(".")[0]) >= 5
+if MARKS_WHAT_IT_LOADED:
     TASKS["none, with a head"] = Task(
         None, "AutoModelForSequenceClassification", "bert", ["query"], fields=LABELS
     )
@@ -209,6 +212,65 @@ def test_prompts_come_back_with_their_heads(load, tmp_path, name, config):
             load(task, seed=2), tmp_path, is_trainable=is_trainable
         )
         assert equal(run(loaded, task), expected)
+
+
+def disabled(model: Any, config: peft.LoraConfig) -> None:
+    """Have a model whose adapter is not applied."""
+    model.base_model.disable_adapter_layers()
+
+
+def beside_another(model: Any, config: peft.LoraConfig) -> None:
+    """Have a model with an adapter that has no copy of the head, and is applied."""
+    other = copy.copy(config)
+    other.modules_to_save = None
+    model.add_adapter("other", other)
+    model.set_adapter("other")
+
+
+@pytest.mark.parametrize("change", [disabled, beside_another])
+def test_a_new_head_that_the_adapter_s_copy_does_not_stand_in_for(load, tmp_path, change):
+    """The base model's own head is what computes then; no checkpoint has it.
+
+    transformers 4 does not tell that; there, the load on a base model with another head is refused.
+    """
+    task = TASKS["SEQ_CLS"]
+    config = peft.LoraConfig(r=4, target_modules=task.targets, modules_to_save=["classifier"])
+    # of no task, or PEFT would have each adapter copy the head
+    model = wrap(load(task, seed=1), config)
+    change(model, config)
+    expected = run(model.eval(), task)
+    model.save_pretrained(tmp_path)
+    base = load(task, seed=2)
+    assert not equal(run(base, task), run(load(task, seed=1), task))
+    if not MARKS_WHAT_IT_LOADED:
+        with pytest.raises(BaseModelMismatchError, match="classifier"):
+            peftstate.PeftModel.from_pretrained(base, tmp_path)
+        return
+    loaded = peftstate.PeftModel.from_pretrained(base, tmp_path)
+    assert peftstate.verify(loaded, tmp_path).ok
+    assert equal(run(loaded, task), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    again = peftstate.PeftModel.from_pretrained(load(task, seed=3), tmp_path / "again")
+    assert equal(run(again, task), expected)
+
+
+@pytest.mark.parametrize("is_trainable", [None, True, False])
+def test_prompts_stand_before_the_embeddings_that_they_were_trained_with(
+    load, tmp_path, is_trainable
+):
+    """PEFT embeds the inputs by the layer that it found before it put trained copies around it."""
+    task = TASKS["FEATURE_EXTRACTION"]
+    config = peft.PromptEncoderConfig(
+        task_type=task.kind, num_virtual_tokens=3, modules_to_save=["word_embeddings"]
+    )
+    model = wrap(load(task, seed=1), config)
+    expected = run(model, task)
+    model.save_pretrained(tmp_path)
+    loaded = peftstate.PeftModel.from_pretrained(
+        load(task, seed=1), tmp_path, is_trainable=is_trainable
+    )
+    assert type(loaded.word_embeddings) is type(model.word_embeddings)
+    assert equal(run(loaded, task), expected)
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])

@@ -336,6 +336,8 @@ def test_a_reload_is_the_model_that_was_saved(saved, bases):
     assert trainable(loaded) == trainable(saved.model)
     assert flags(loaded) == flags(saved.model)
     assert dtypes(loaded) == dtypes(saved.model)
+    configs = loaded.peft_config["default"], saved.model.peft_config["default"]
+    assert configs[0].inference_mode is configs[1].inference_mode is False
     assert torch.equal(run(loaded, saved.case), saved.logits)
 
 

@@ -41,7 +41,8 @@ class Site(NamedTuple):
         adapter: Name of the adapter if `part` is ``"adapter"``.
         name: The name inside the part.
         module: The module.
-        shadowed: Whether a trained copy stands in for it (PEFT's `modules_to_save`).
+        shadowed: Whether a trained copy stands in for it, of whatever adapter (PEFT's
+            `modules_to_save`).
         merged: Whether an adapter is merged into its tensors.
         adapted: Whether a layer of PEFT is around it.
         around: Of a layer of PEFT, the name of the base model's module that it is around.
@@ -68,7 +69,7 @@ class TensorSite(NamedTuple):
         leaf: The name under which the module holds it.
         tensor: The live tensor.
         persistent: Whether a checkpoint holds it.
-        shadowed: Whether a trained copy stands in for it.
+        shadowed: Whether a trained copy stands in for it, of whatever adapter.
         merged: Whether an adapter is merged into it.
         adapted: Whether a layer of PEFT is around the module.
     """
@@ -191,12 +192,19 @@ class _Over:
     merged: bool
     adapted: bool
 
-    def and_by(self, layer: nn.Module) -> _Over:
-        """The same with one more layer around it."""
+    def and_by(self, layer: Any, adapters: Collection[str]) -> _Over:
+        """The same with one more layer around it.
+
+        Args:
+            layer: The layer.
+            adapters: The names of all adapters of the model.
+        """
         cls: type = type(layer)
-        copied = _holds_copies(cls)
-        merged = not copied and bool(getattr(layer, "merged_adapters", ()))
-        return _Over(self.shadowed or copied, self.merged or merged, adapted=True)
+        if _holds_copies(cls):  # of which the forward pass takes none where one is missing
+            copied = not layer.disable_adapters and layer.modules_to_save.keys() >= set(adapters)
+            return _Over(self.shadowed or copied, self.merged, adapted=True)
+        merged = bool(getattr(layer, "merged_adapters", ()))
+        return _Over(self.shadowed, self.merged or merged, adapted=True)
 
 
 @cache
@@ -277,7 +285,9 @@ class _Walk:
         """A layer of PEFT: first the module that it replaces, then what belongs to the adapters."""
         replaced = module._modules[original]
         if replaced is not None:
-            self._walk_base(replaced, name, _join(live, original), over.and_by(module))
+            self._walk_base(
+                replaced, name, _join(live, original), over.and_by(module, self._adapters)
+            )
         held = _keys_of(module)
         members = [name for name in self._adapters if name in held]
         for adapter in members or self._owners(module):

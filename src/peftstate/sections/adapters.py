@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -273,9 +273,21 @@ def _enabled(view: ModelView) -> bool:
 
 
 def _disabled(view: ModelView) -> list[bool]:
-    """Of each layer that can be disabled, whether it is."""
-    states = (getattr(layer, "disable_adapters", None) for layer in view.layers())
-    return [bool(state) for state in states if state is not None]
+    """Of each layer that can be disabled, whether it is.
+
+    Older releases of PEFT disable the copies of a module where the active adapter has none
+    (`peft/utils/other.py::_set_adapter`), which changes nothing.
+    """
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    active = set(getattr(view.model, "active_adapters", ()))
+    layers: tuple[Any, ...] = view.layers()
+    return [
+        layer.disable_adapters
+        for layer in layers
+        if hasattr(layer, "disable_adapters")
+        and not (isinstance(layer, AuxiliaryTrainingWrapper) and active.isdisjoint(layer._adapters))
+    ]
 
 
 def _scaling(view: ModelView, adapter: str) -> Table[float]:

@@ -302,7 +302,9 @@ def _make_trainable_form(view: ModelView, adapter: str, names: Collection[str]) 
         return  # which the config names, and may have run code of (`prompt_tuning/model.py`)
     before = model.prompt_encoder[adapter]
     is_trainable = any(tensor.requires_grad for tensor in before.parameters())
+    embeddings = model.word_embeddings
     model._setup_prompt_encoder(adapter)
+    model.word_embeddings = embeddings  # a wrapper may be around them by now, for PEFT to find
     model.prompt_encoder[adapter].train(before.training).requires_grad_(is_trainable)
     view.changed()
 

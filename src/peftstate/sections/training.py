@@ -46,7 +46,7 @@ class TrainingRecord:
         adapters: Of each adapter.
         model: Of what PEFT holds beside both.
         inference_mode: Whether an adapter's config in memory says that it is for inference, as
-            PEFT writes of all; not of prompts.
+            PEFT writes of all; of prompts, of multitask ones only.
         gradient_checkpointing: Names of the base model's modules that recompute activations.
         use_reentrant: Which implementation of checkpointing they use; `None` for torch's default.
     """
@@ -110,6 +110,7 @@ def capture(view: ModelView) -> TrainingRecord:
             saved: bool(config.inference_mode)
             for saved, live in view.adapters.items()
             if not (config := view.model.peft_config[live]).is_prompt_learning
+            or config.peft_type == "MULTITASK_PROMPT_TUNING"  # the form of others goes with it
         },
         gradient_checkpointing=tuple(
             sorted(name for name, module in view.base_modules() if _checkpoints(module))
