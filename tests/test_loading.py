@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import attrs
@@ -14,6 +15,8 @@ from peft import LoraConfig, prepare_model_for_kbit_training
 import peftstate
 from peftstate import _loading, errors
 from peftstate.sections import SECTIONS
+from peftstate.sections import _bitsandbytes_forms as forms
+from tests.conftest import IDS
 
 pytestmark = pytest.mark.filterwarnings("ignore::peftstate.errors.TrainModeWarning")
 
@@ -122,6 +125,83 @@ def test_load_adapter_refuses_another_base_and_is_gone_again(
     assert trace(model) == before
     assert list(model.peft_config) == ["default"]
     assert torch.equal(logits(model), expected)
+
+
+def run_in_bf16(model):
+    """Run a model as a trainer with ``bf16=True`` does, which casts biases of quantized layers."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("runs", ["saved", "live"])
+def test_load_adapter_fits_a_base_that_has_run_or_not(load_base, with_lora, tmp_path, kind, runs):
+    """bitsandbytes casts biases for good when it runs a layer; the adapter is not at fault."""
+    bases = [
+        prepare_model_for_kbit_training(load_base(kind), use_gradient_checkpointing=False)
+        for _ in range(2)
+    ]
+    saved, live = map(with_lora, bases)
+    run_in_bf16((live if runs == "live" else saved).train())
+    biases = [base.model.layers[0].self_attn.o_proj.bias for base in bases]
+    assert biases[0].dtype != biases[1].dtype
+    saved.save_pretrained(tmp_path)
+    live.load_adapter(tmp_path, "more")
+    assert peftstate.verify(saved, tmp_path).ok
+    live.set_adapter("more")
+    assert torch.equal(run_in_bf16(live.eval()), run_in_bf16(saved.eval()))
+
+
+@pytest.fixture
+def packing(load_base):
+    """Skips a test where running a 4-bit layer does not pack it."""
+    base = load_base("nf4")
+    if not forms.can_hold(base.model.layers[0].mlp.up_proj, forms.PACKED):
+        pytest.skip("this CPU packs no 4-bit layers")
+
+
+@pytest.mark.usefixtures("packing")
+def test_load_adapter_fits_a_base_whose_layers_will_be_packed(
+    load_base, with_lora, logits, tmp_path
+):
+    """The first run in eval mode packs a fresh layer as those of the save were."""
+    saved, live = (with_lora(load_base("nf4")).eval() for _ in range(2))
+    expected = logits(saved)
+    saved.save_pretrained(tmp_path)
+    live.load_adapter(tmp_path, "more")
+    live.set_adapter("more")
+    assert torch.equal(logits(live), expected)
+
+
+@pytest.mark.usefixtures("packing")
+def test_a_save_as_a_trainer_makes_it_leaves_packed_layers(load_base, with_lora, logits, tmp_path):
+    """Trainers pass ``state_dict=None``, with which PEFT would ask the model and unpack it."""
+    model = with_lora(load_base("nf4")).eval()
+    expected = logits(model)
+    model.save_pretrained(tmp_path, state_dict=None)
+    assert peftstate.verify(model, tmp_path).ok
+    assert torch.equal(logits(model), expected)
+    loaded = peftstate.PeftModel.from_pretrained(load_base("nf4"), tmp_path)
+    assert torch.equal(logits(loaded), expected)
+
+
+@pytest.mark.usefixtures("packing")
+def test_train_undoes_the_packing(load_base, with_lora, logits, tmp_path):
+    """No gradient goes through packed layers; `train` brings back what they were, also reloaded."""
+    model = with_lora(load_base("nf4"), lora_dropout=0.0).train()
+    fresh = copy.deepcopy(model)
+    logits(model.eval())
+    model.save_pretrained(tmp_path)
+    loaded = peftstate.PeftModel.from_pretrained(load_base("nf4"), tmp_path)
+    gradients = []
+    for each in (fresh, model, loaded):
+        each.train()(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append([p.grad for p in each.parameters() if p.requires_grad])
+    for expected, *others in zip(*gradients, strict=True):
+        assert expected.any()
+        assert all(torch.equal(expected, other) for other in others)
+    assert torch.equal(logits(model.eval()), logits(loaded.eval()))
+    assert peftstate.verify(model, tmp_path).of("base_model", "quantization").ok
 
 
 def test_load_adapter_over_an_existing_name_is_rolled_back(load_base, with_lora, logits, tmp_path):

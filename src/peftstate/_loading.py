@@ -37,7 +37,15 @@ from peftstate._steps import (
 )
 from peftstate.errors import AdapterLoadError, PeftStateError
 from peftstate.manifest import Manifest
-from peftstate.sections import _origin, adapters, dtype, extra_tensors, records_for_adapters, rng
+from peftstate.sections import (
+    _origin,
+    adapters,
+    dtype,
+    extra_tensors,
+    quantization,
+    records_for_adapters,
+    rng,
+)
 from peftstate.sections._generators import Standing
 from peftstate.sections._view import ModelView
 from peftstate.sections._walk import TensorSite
@@ -189,7 +197,7 @@ def load_adapter(
         result = loaded() if add is None else add(model, source.adapters[own].peft_config(), name)
         walked = view.now()
         set_tensors(walked, source.adapters, manifest, plan)
-        expected = _as_live(manifest, walked)
+        expected = _as_live(manifest, walked, plan)
         dtype.restore_adapters(expected.sections["dtype"], walked)
         adapters.restore_scaling(expected.sections["adapters"], walked)
         report = compare_restored(walked, expected, plan)
@@ -232,10 +240,18 @@ def _folders(manifest: Manifest) -> dict[str, str]:
     return {name: record.folder for name, record in records.items()}
 
 
-def _as_live(manifest: Manifest, view: ModelView) -> Manifest:
-    """The manifest, with the live model's word on which adapters are active, applied, merged."""
+def _as_live(manifest: Manifest, view: ModelView, plan: Plan) -> Manifest:
+    """The manifest, with the live model's word on what is no matter of one adapter.
+
+    That is which adapters are active, applied and merged, and what running the base has changed.
+    """
     record = adapters.applied_as_in(view, manifest.sections["adapters"])
-    return attrs.evolve(manifest, sections={**manifest.sections, "adapters": record})
+    sections = {**manifest.sections, "adapters": record}
+    compared = {section.name for section in plan.sections(view, manifest)}
+    for section in (dtype, quantization):
+        if (name := section.SECTION.name) in compared:
+            sections[name] = section.as_run(sections[name], view)
+    return attrs.evolve(manifest, sections=sections)
 
 
 def undone_on_failure(

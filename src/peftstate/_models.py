@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import peft
 import torch
@@ -43,6 +43,7 @@ from peftstate._tokenizer_files import check_beside
 from peftstate._warn import warn
 from peftstate._work import collecting_seldom
 from peftstate.errors import TrainModeWarning
+from peftstate.sections import _bitsandbytes_forms as forms
 from peftstate.sections import _merges, _origin
 from peftstate.sections._view import ModelView, keep_tokenizer
 
@@ -126,7 +127,9 @@ class PeftModel(peft.PeftModel):
         @calling_peft()
         def write(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
             # To convert, PEFT loads the initial adapter into this model, and takes its state then.
-            given = kwargs if converts else {"state_dict": state, **kwargs}
+            # A trainer passes `None`, for PEFT to ask the model, which would unpack 4-bit layers.
+            passed = {name: value for name, value in kwargs.items() if value is not None}
+            given = kwargs if converts else {"state_dict": state, **passed}
             with _as_pefts_own(self) if converts else nullcontext():
                 peft.PeftModel.save_pretrained(
                     self,
@@ -410,6 +413,20 @@ class PeftModel(peft.PeftModel):
                 load=peft_load,
                 add=None if is_trainable or key_mapping or ephemeral_gpu_offload or kwargs else add,
             )
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the train flags; for training, put 4-bit layers back that a CPU has packed.
+
+        Evaluation packs them on some CPUs, and no gradient goes through a packed layer.
+
+        Args:
+            mode: As in torch.
+        """
+        if mode:
+            forms.make_trainable(self)
+        elif any(parameter.requires_grad for parameter in self.parameters()):
+            forms.remember_fresh(self)
+        return super().train(mode)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False

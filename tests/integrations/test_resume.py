@@ -87,6 +87,19 @@ def norms(checkpoint, folder, seed):
     )
 
 
+def evaluated(checkpoint, folder, seed):
+    """`Trainer` on a base model in nf4, which evaluation packs on some CPUs."""
+    return transformers.Trainer(
+        model=peft.get_peft_model(load(checkpoint, quantized=True), lora()),
+        args=transformers.TrainingArguments(
+            **fields(folder, seed), eval_strategy="steps", eval_steps=1
+        ),
+        train_dataset=DATA,
+        eval_dataset=DATA,
+        callbacks=[PeftStateCallback()],
+    )
+
+
 def sft(checkpoint, folder, seed, *, quantized=False):
     """TRL's `SFTTrainer`, which wraps the model itself."""
     return trl.SFTTrainer(
@@ -121,7 +134,7 @@ def dpo(checkpoint, folder, seed):
     )
 
 
-@pytest.mark.parametrize("make", [plain, norms, sft, qlora, dpo])
+@pytest.mark.parametrize("make", [plain, norms, evaluated, sft, qlora, dpo])
 def test_resumed_training_is_the_uninterrupted_one(checkpoint, tmp_path, make):
     """Weights, state and random generators after four steps are the same bits either way."""
     whole = make(checkpoint, tmp_path / "whole", 1)

@@ -96,6 +96,28 @@ def test_the_best_model_is_loaded_through_us(load_base, tmp_path):
     assert peftstate.verify(trainer.model, best).of("adapters", "dtype", "base_model").ok
 
 
+def test_an_earlier_best_model_is_loaded_in_nf4(load_base, tmp_path):
+    """Evaluation packs 4-bit layers on some CPUs, which must not add up from step to step."""
+    model = peftstate.get_peft_model(load_base("nf4"), LoraConfig(task_type="CAUSAL_LM"))
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments(
+            tmp_path,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            greater_is_better=True,  # the first
+            eval_strategy="steps",
+            eval_steps=1,
+        ),
+        train_dataset=DATA,
+        eval_dataset=DATA,
+    )
+    trainer.train()
+    best = tmp_path / "checkpoint-1"
+    assert trainer.state.best_model_checkpoint == str(best)
+    assert peftstate.verify(model, best).of("adapters", "base_model", "dtype", "quantization").ok
+
+
 def test_training_that_is_resumed_is_verified(load_base, tmp_path):
     """A checkpoint that was damaged is refused when training is resumed from it."""
     for resume in (None, tmp_path / "checkpoint-1"):

@@ -37,6 +37,9 @@ UNPACKED: Final = "unpacked"
 MAX_CYCLES = 8
 """Times that a layer may have been packed before it is given up to find out how often."""
 
+BEFORE_PACKING = "_peftstate_before_packing"
+"""The attribute of a `QuantState` under which `remember_fresh` keeps a copy of it."""
+
 _BLOCK_ROWS = 32  # the `block_n` of bitsandbytes' packing, by which the rows must be divisible
 
 
@@ -118,18 +121,24 @@ def can_hold(module: nn.Module, form: str) -> bool:
     return form != PACKED or (layer.weight.device.type == "cpu" and runs_packed)
 
 
-def in_form(module: nn.Module, form: str, *, cycles: int = 1) -> Weight4bit:
+def in_form(
+    module: nn.Module, form: str, *, cycles: int = 1, dtype: torch.dtype | None = None
+) -> Weight4bit:
     """What the weight of a layer would be in a form; the layer is left as it is.
 
     Args:
         module: A 4-bit layer.
         form: The form.
         cycles: How often the layer was packed to get there.
+        dtype: The dtype that the weight was quantized from, if not that which the layer notes.
 
     Raises:
         ValueError: `can_compute` does not hold.
     """
     current, weight = form_of(module), weight_of(module)
+    if dtype is not None:
+        weight = attrs.evolve(weight, state=copy.copy(weight.state))
+        setattr(weight.state, "original_dtype" if current == PACKED else "dtype", dtype)
     if form == current:
         return weight
     packing = _packing()
@@ -171,6 +180,33 @@ def convert(module: nn.Module, form: str, *, cycles: int = 1) -> None:
     """Bring a layer into a form, of which `can_compute` and `can_hold` must hold."""
     if form != form_of(module):
         assign(module, in_form(module, form, cycles=cycles))
+
+
+def remember_fresh(model: nn.Module) -> None:
+    """Keep the state of fresh layers that will be packed, which rounds their scales.
+
+    It is kept with the `QuantState` that packing changes.
+    """
+    for module in model.modules():
+        if is_linear(module) and form_of(module) == FRESH and can_hold(module, PACKED):
+            state = quant_state(module)
+            if state is not None and not hasattr(state, BEFORE_PACKING):
+                setattr(state, BEFORE_PACKING, copy.copy(state))
+
+
+def make_trainable(model: nn.Module) -> None:
+    """Bring packed layers into the form they had before: no gradient goes through a packed one.
+
+    Where that was not kept they are unpacked, as by ``state_dict()``.
+    """
+    for module in model.modules():
+        if form_of(module) != PACKED or not can_compute(module, UNPACKED):
+            continue
+        weight = in_form(module, UNPACKED)
+        before = getattr(weight.state, BEFORE_PACKING, None)
+        if before is not None and before.absmax.device == weight.data.device:
+            weight = attrs.evolve(weight, state=copy.copy(before))
+        assign(module, weight)
 
 
 @contextmanager

@@ -70,13 +70,12 @@ class QuantizedWeight:
         layer: Any = module
         device = layer.weight.device
         tensors = {key: saved.load().to(device) for key, saved in self.tensors.items()}
-        before = forms.in_form(module, self.form)
+        dtype = None if self.dtype is None else dtype_named(self.dtype)
+        before = forms.in_form(module, self.form, dtype=dtype)
         _check_fits(before, tensors)
         state = copy.copy(before.state)
+        vars(state).pop(forms.BEFORE_PACKING, None)
         state.absmax = tensors["absmax"]
-        if self.dtype is not None:
-            of_weight = "original_dtype" if self.form == forms.PACKED else "dtype"
-            setattr(state, of_weight, dtype_named(self.dtype))
         if state.nested:
             state.state2 = copy.copy(state.state2)
             state.state2.absmax, state.offset = tensors["state2.absmax"], tensors["offset"]

@@ -155,6 +155,22 @@ def _comparable_state(
     return attrs.evolve(found, form=saved.form) if runs_alike or out_of_reach else found
 
 
+def as_run(record: QuantizationRecord, view: ModelView) -> QuantizationRecord:
+    """The record, with the live forms of 4-bit layers: which have run is no matter of one adapter.
+
+    What unpacking changed shows in the digests of the base model's tensors.
+    """
+    layers = _layers(view)
+    state = {
+        name: attrs.evolve(saved, form=forms.form_of(module))
+        for name, module in layers.items()
+        if (saved := record.state[name]) is not None
+    }
+    if all(record.state[name] == live for name, live in state.items()):
+        return record
+    return attrs.evolve(record, state=_table(state), scales=_describe(view, layers).scales)
+
+
 def prepare(record: QuantizationRecord, view: ModelView) -> None:
     """Set the compute dtype of each layer."""
     for name, module in _layers(view).items():
@@ -181,6 +197,8 @@ def finish(record: QuantizationRecord, view: ModelView) -> None:
             "when it runs them; here they cannot be repacked, so outputs may differ slightly.",
             StateMismatchWarning,
         )
+    if wanted and any(parameter.requires_grad for parameter in view.model.parameters()):
+        forms.remember_fresh(view.base)  # for `train`
     _restore_forms(record, wanted)
     if wanted:
         view.tensors_changed()
