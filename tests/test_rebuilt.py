@@ -166,6 +166,25 @@ def test_ids_are_restored_either_way(causal_lm, with_lora, tmp_path):
         assert (loaded.config.pad_token_id, loaded.config.eos_token_id) == (9, [2, 8])
 
 
+@pytest.mark.parametrize("pad", [2, 64])
+def test_a_padding_set_on_a_live_model_builds_no_embedding(causal_lm, with_lora, tmp_path, pad):
+    """It may be a token that was added; and the row of one that is trained goes on being so."""
+    base = load(causal_lm)
+    base.resize_token_embeddings(max(64, pad + 1), mean_resizing=False)
+    base.config.pad_token_id = pad
+    model = with_lora(base, modules_to_save=["embed_tokens", "lm_head"])
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    loaded = peftstate.AutoPeftModelForCausalLM.from_pretrained(tmp_path, is_trainable=True)
+    assert loaded.config.pad_token_id == pad
+    gradients = []
+    for each in (model.eval(), loaded.eval()):
+        ids = torch.tensor([[5, pad, 6]])
+        each(input_ids=ids, labels=ids).loss.backward()
+        gradients.append(each.get_input_embeddings().modules_to_save["default"].weight.grad)
+    assert gradients[0][pad].any()
+    assert torch.equal(*gradients)
+
+
 def test_the_config_of_a_part_is_rebuilt(tmp_path):
     """Of a model that is made of models; PEFT finds its class by the name in the adapter's file."""
     text = transformers.LlamaConfig(

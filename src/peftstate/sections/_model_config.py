@@ -90,6 +90,10 @@ BUILT_CONFIG = RESTORED_CONFIG | {
 """Fields that an auto class hands to the base model that it builds: numbers, names from tables of
 transformers' own, settings of the rotary embedding, labels. Of these only the number of labels is
 the size of a tensor, of a head that the checkpoint need not have."""
+_SET_AFTERWARDS = frozenset({"pad_token_id"})
+"""Fields that are edited on a model which was built without them, and left to `restore_config`. An
+embedding gives no gradient to the row of its padding, and refuses one beyond its size, which may be
+that of a token added later."""
 _KINDS = ((str,), (bool,), (int, float), (list,), (dict,))
 """Types of JSON values, those together that stand for one another."""
 
@@ -186,12 +190,12 @@ def config_edits(saved: Mapping[str, Json], config: Any) -> dict[str, Json]:
         config: The config as the checkpoint has it.
 
     Returns:
-        The fields of `BUILT_CONFIG` that differ; those of a config in it in a dictionary.
+        The fields to build a model with that differ; those of a config in it in a dictionary.
     """
     found = config_fields(config)
     edits = {
         key: _label_map(key, saved[key])
-        for key in sorted(BUILT_CONFIG & saved.keys() & found.keys())
+        for key in sorted((BUILT_CONFIG - _SET_AFTERWARDS) & saved.keys() & found.keys())
         if saved[key] != found[key]
         and _are_alike(saved[key], found[key])
         and (key not in _ALLOWED or _ALLOWED[key](saved[key]))
