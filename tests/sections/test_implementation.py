@@ -183,6 +183,17 @@ def test_autocast_wrapper_is_restored(accelerator, fp32_models, logits):
     assert torch.equal(logits(other), plain)
 
 
+def test_autocast_wrapper_is_restored_over_hooks(accelerator, fp32_models, logits):
+    """PEFT puts accelerate's hooks on a model that is not all on one device."""
+    model, other = fp32_models
+    accelerator.prepare_model(model)
+    record = capture(model)
+    accelerate.hooks.add_hook_to_module(other, accelerate.hooks.ModelHook())
+    assert restore(record, other) == []
+    assert torch.equal(logits(other), logits(model))
+    assert logits(other).dtype == torch.float32
+
+
 def test_autocast_wrapper_is_taken_off(accelerator, fp32_models, logits):
     """A model that was saved without it is restored without it."""
     model, other = fp32_models

@@ -262,10 +262,11 @@ def _restore_autocast(record: ImplementationRecord, model: Any) -> None:
     )
     forward = model.forward
     model._original_forward = forward
-    model.forward = MethodType(
-        convert_outputs_to_fp32(context(forward.__func__)),
-        model,
-    )
+    if hasattr(forward, "__func__"):
+        wrapped = convert_outputs_to_fp32(context(forward.__func__))
+        model.forward = MethodType(wrapped, model)
+    else:  # accelerate's hooks leave a partial function there
+        model.forward = convert_outputs_to_fp32(context(forward))
 
 
 def _restore_functions(record: ImplementationRecord, view: ModelView) -> None:
