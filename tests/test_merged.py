@@ -334,6 +334,19 @@ def test_unmerged_weights_are_saved(make, reload, logits, tmp_path, kind):
     assert torch.equal(logits(reload(kind)), expected)
 
 
+@pytest.mark.parametrize("ends", ["packed", "unpacked"])
+def test_unmerged_weights_that_were_repacked_are_saved(make, reload, logits, tmp_path, ends):
+    """The scales of a 4-bit layer that has run are of the dtype that it was quantized from."""
+    model = make("nf4")
+    model.merge_adapter()
+    model.unmerge_adapter()
+    run(model)
+    if ends == "unpacked":
+        model.state_dict()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(reload("nf4")), logits(model))
+
+
 def test_an_adapter_that_changes_nothing_is_merged_and_unmerged(load_base, with_lora, tmp_path):
     """4-bit weights are then the same, but quantized from the adapter's dtype."""
     model = with_lora(load_base("nf4"), init_lora_weights=True)
