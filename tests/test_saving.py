@@ -207,6 +207,18 @@ def test_weights_that_share_memory_are_kept_apart(load_base, with_lora, tmp_path
     assert loaded[0].data_ptr() != loaded[1].data_ptr()
 
 
+def test_weights_that_do_not_lie_in_order_are_kept(load_base, with_lora, tmp_path):
+    """As transposed ones, those of BOFT's merges, and of convolutions in ``channels_last``."""
+    model = with_lora(load_base())
+    weight = model.get_base_model().model.layers[0].self_attn.o_proj.weight
+    weight.data = (2 * weight.data).t().contiguous().t()
+    assert not weight.is_contiguous()
+    model.save_pretrained(tmp_path)
+    assert not weight.is_contiguous()
+    base = peftstate.PeftModel.from_pretrained(load_base(), tmp_path).get_base_model()
+    assert torch.equal(base.model.layers[0].self_attn.o_proj.weight, weight)
+
+
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # PEFT's, of those it dropped
 def test_tensors_lost_to_another_adapters_name_are_kept(load_base, with_lora, logits, tmp_path):
     """PEFT drops tensors of an adapter if another one bears a module's name; they come back."""

@@ -227,11 +227,11 @@ def write_state(
 
 
 def _apart(tensors: Iterable[SidecarTensor]) -> dict[str, torch.Tensor]:
-    """The tensors by name, no two in one memory, of which safetensors would write neither."""
+    """The tensors by name, as safetensors writes them: in order, and no two in one memory."""
     found: dict[str, torch.Tensor] = {}
     memories: set[int] = set()
     for tensor in tensors:
-        data = tensor.load()
+        data = tensor.load().contiguous()
         memory = data.untyped_storage().data_ptr()
         found[tensor.tensor] = data.clone() if memory in memories else data
         memories.add(memory)
