@@ -31,6 +31,7 @@ from peftstate._arguments import (
 from peftstate._calls import calling_peft
 from peftstate._injectors import Injector
 from peftstate._loading import load_adapter, load_model
+from peftstate._modules import shared_modules_of
 from peftstate._placeholders import add, wrap
 from peftstate._policy import OnMismatch, Policy
 from peftstate._pushing import PushedModel, with_parameters_of_push
@@ -423,9 +424,9 @@ class PeftModel(peft.PeftModel):
             mode: As in torch.
         """
         if mode:
-            forms.make_trainable(self)
-        elif any(parameter.requires_grad for parameter in self.parameters()):
-            forms.remember_fresh(self)
+            forms.make_trainable(shared_modules_of(self))
+        elif not all(config.inference_mode for config in self.peft_config.values()):
+            forms.remember_fresh(shared_modules_of(self))
         return super().train(mode)
 
     def merge_adapter(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -182,24 +182,24 @@ def convert(module: nn.Module, form: str, *, cycles: int = 1) -> None:
         assign(module, in_form(module, form, cycles=cycles))
 
 
-def remember_fresh(model: nn.Module) -> None:
+def remember_fresh(modules: Iterable[nn.Module]) -> None:
     """Keep the state of fresh layers that will be packed, which rounds their scales.
 
     It is kept with the `QuantState` that packing changes.
     """
-    for module in model.modules():
+    for module in modules:
         if is_linear(module) and form_of(module) == FRESH and can_hold(module, PACKED):
             state = quant_state(module)
             if state is not None and not hasattr(state, BEFORE_PACKING):
                 setattr(state, BEFORE_PACKING, copy.copy(state))
 
 
-def make_trainable(model: nn.Module) -> None:
+def make_trainable(modules: Iterable[nn.Module]) -> None:
     """Bring packed layers into the form they had before: no gradient goes through a packed one.
 
     Where that was not kept they are unpacked, as by ``state_dict()``.
     """
-    for module in model.modules():
+    for module in modules:
         if form_of(module) != PACKED or not can_compute(module, UNPACKED):
             continue
         weight = in_form(module, UNPACKED)

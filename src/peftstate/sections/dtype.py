@@ -69,15 +69,15 @@ def as_run(record: DtypeRecord, view: ModelView) -> DtypeRecord:
 
     Their values are compared in the dtype that they were saved in.
     """
-    sites = [site for site in _floating(view) if site.part == "base"]
     cast = {
         site.name: dtype_name(site.tensor.dtype)
-        for site in sites
-        if site.leaf == "bias" and _bitsandbytes.kind_of(site.module)
+        for site in view.tensors()
+        if site.leaf == "bias" and site.part == "base" and _bitsandbytes.kind_of(site.module)
     }
     if all(record.base[name] == dtype for name, dtype in cast.items()):
         return record
-    names = {site.name for site in sites} | record.base.exceptions.keys()
+    names = {site.name for site in _floating(view) if site.part == "base"}
+    names |= record.base.exceptions.keys()
     saved = {name: dtype for name in names if (dtype := record.base[name]) is not None}
     return attrs.evolve(record, base=Table.of({**saved, **cast}))
 

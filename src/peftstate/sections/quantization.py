@@ -198,7 +198,7 @@ def finish(record: QuantizationRecord, view: ModelView) -> None:
             StateMismatchWarning,
         )
     if wanted and any(parameter.requires_grad for parameter in view.model.parameters()):
-        forms.remember_fresh(view.base)  # for `train`
+        forms.remember_fresh(module for module, _ in wanted)  # for `train`
     _restore_forms(record, wanted)
     if wanted:
         view.tensors_changed()
