@@ -207,6 +207,19 @@ def test_weights_that_share_memory_are_kept_apart(load_base, with_lora, tmp_path
     assert loaded[0].data_ptr() != loaded[1].data_ptr()
 
 
+def test_changes_that_the_checkpoint_s_dtype_would_round_away_are_kept(
+    load_base, with_lora, tmp_path
+):
+    """As those of norms that were cast to fp32, and trained at a low rate."""
+    model = with_lora(load_base("bf16"))
+    weight = model.get_base_model().model.norm.weight
+    weight.data = weight.data.float() + 1e-6
+    assert torch.equal(weight.bfloat16(), load_base("bf16").model.norm.weight)
+    model.save_pretrained(tmp_path)
+    base = peftstate.PeftModel.from_pretrained(load_base("bf16"), tmp_path).get_base_model()
+    assert torch.equal(base.model.norm.weight, weight)
+
+
 def test_weights_that_do_not_lie_in_order_are_kept(load_base, with_lora, tmp_path):
     """As transposed ones, those of BOFT's merges, and of convolutions in ``channels_last``."""
     model = with_lora(load_base())

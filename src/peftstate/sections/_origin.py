@@ -21,7 +21,7 @@ from peftstate.sections._base_tensors import (
 )
 from peftstate.sections._bitsandbytes import dtype_quantized_from
 from peftstate.sections._config_buffers import config_buffers, is_rounded
-from peftstate.sections._tensors import TensorRecord, tensor_record
+from peftstate.sections._tensors import TensorRecord, is_lossless, tensor_record
 
 if TYPE_CHECKING:
     import torch
@@ -218,7 +218,9 @@ def _is_same(base: BaseTensor, now: TensorRecord, before: TensorRecord) -> bool:
         return True
     if now.shape != before.shape or now.dtype == before.dtype or not base.is_readable:
         return False
-    return tensor_record(base.tensor, before.dtype) == before
+    return is_lossless(base.tensor, before.dtype) and (
+        tensor_record(base.tensor, before.dtype) == before
+    )
 
 
 def _not_loaded(view: ModelView, found: Mapping[str, BaseTensor]) -> set[str]:

@@ -208,6 +208,13 @@ def _sample(raw: torch.Tensor) -> torch.Tensor:
     return torch.cat([raw[start : start + SAMPLED_BYTES] for start in starts])
 
 
+def is_lossless(tensor: torch.Tensor, dtype: str) -> bool:
+    """Whether a dtype holds all values of a tensor as they are."""
+    import torch
+
+    return torch.equal(tensor.to(dtype_named(dtype)).to(tensor.dtype), tensor)
+
+
 def tensor_record(
     tensor: torch.Tensor, dtype: str | None = None, *, sampled: bool = False, read: bool = True
 ) -> TensorRecord:
