@@ -127,6 +127,22 @@ def test_load_adapter_refuses_another_base_and_is_gone_again(
     assert torch.equal(logits(model), expected)
 
 
+def test_load_adapter_keeps_the_live_special_ids(load_base, with_lora, tmp_path):
+    """Trainers set the padding of their tokenizer, which a model has one of for all adapters."""
+    base = load_base()
+    base.config.pad_token_id = 2
+    with_lora(base).save_pretrained(tmp_path)
+    live = with_lora(load_base())
+    with pytest.warns(errors.StateMismatchWarning) as caught:
+        live.load_adapter(tmp_path, "more")
+    (message,) = (str(warning.message) for warning in caught)
+    assert message == (
+        "The adapter was saved with {'pad_token_id': 2} in the base model's config, where the live "
+        "model has {'pad_token_id': 0}, which stays so."
+    )
+    assert live.config.pad_token_id == 0
+
+
 def run_in_bf16(model):
     """Run a model as a trainer with ``bf16=True`` does, which casts biases of quantized layers."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -35,7 +35,8 @@ from peftstate._steps import (
     prepare_base,
     restore_sections,
 )
-from peftstate.errors import AdapterLoadError, PeftStateError
+from peftstate._warn import warn
+from peftstate.errors import AdapterLoadError, PeftStateError, StateMismatchWarning
 from peftstate.manifest import Manifest
 from peftstate.sections import (
     _origin,
@@ -47,8 +48,10 @@ from peftstate.sections import (
     rng,
 )
 from peftstate.sections._generators import Standing
+from peftstate.sections._model_config import TOKEN_IDS, config_fields
 from peftstate.sections._view import ModelView
 from peftstate.sections._walk import TensorSite
+from peftstate.sections.base_model import BaseModelRecord
 from peftstate.sections.predictions import inputs_of
 from peftstate.sections.tokenizer import put_back_on_failure
 
@@ -248,10 +251,27 @@ def _as_live(manifest: Manifest, view: ModelView, plan: Plan) -> Manifest:
     record = adapters.applied_as_in(view, manifest.sections["adapters"])
     sections = {**manifest.sections, "adapters": record}
     compared = {section.name for section in plan.sections(view, manifest)}
+    if "base_model" in compared:
+        sections["base_model"] = _with_token_ids(sections["base_model"], view)
     for section in (dtype, quantization):
         if (name := section.SECTION.name) in compared:
             sections[name] = section.as_run(sections[name], view)
     return attrs.evolve(manifest, sections=sections)
+
+
+def _with_token_ids(record: BaseModelRecord, view: ModelView) -> BaseModelRecord:
+    """The record with the live special ids, which the trainer of one adapter may have edited."""
+    live = config_fields(getattr(view.base, "config", None))
+    ids = {key: live[key] for key in TOKEN_IDS & record.config.keys() & live.keys()}
+    edited = {key: value for key, value in ids.items() if value != record.config[key]}
+    if edited:
+        saved = {key: record.config[key] for key in sorted(edited)}
+        warn(
+            f"The adapter was saved with {saved} in the base model's config, where the live model "
+            f"has {dict(sorted(edited.items()))}, which stays so.",
+            StateMismatchWarning,
+        )
+    return attrs.evolve(record, config={**record.config, **edited})
 
 
 def undone_on_failure(

@@ -45,6 +45,8 @@ RESTORED_CONFIG = frozenset(
 )
 """Fields of a model's config that are put back: trainers edit them on the live model."""
 
+TOKEN_IDS = frozenset(key for key in RESTORED_CONFIG if key.endswith("_token_id"))
+"""Of these, what a model has one of for all its adapters."""
 
 BUILT_CONFIG = RESTORED_CONFIG | {
     "activation_function",
