@@ -35,12 +35,12 @@ from peftstate._steps import (
     prepare_base,
     restore_sections,
 )
-from peftstate._warn import warn
-from peftstate.errors import AdapterLoadError, PeftStateError, StateMismatchWarning
+from peftstate.errors import AdapterLoadError, PeftStateError
 from peftstate.manifest import Manifest
 from peftstate.sections import (
     _origin,
     adapters,
+    base_model,
     dtype,
     extra_tensors,
     quantization,
@@ -48,10 +48,8 @@ from peftstate.sections import (
     rng,
 )
 from peftstate.sections._generators import Standing
-from peftstate.sections._model_config import TOKEN_IDS, config_fields
 from peftstate.sections._view import ModelView
 from peftstate.sections._walk import TensorSite
-from peftstate.sections.base_model import BaseModelRecord
 from peftstate.sections.predictions import inputs_of
 from peftstate.sections.tokenizer import put_back_on_failure
 
@@ -246,32 +244,16 @@ def _folders(manifest: Manifest) -> dict[str, str]:
 def _as_live(manifest: Manifest, view: ModelView, plan: Plan) -> Manifest:
     """The manifest, with the live model's word on what is no matter of one adapter.
 
-    That is which adapters are active, applied and merged, and what running the base has changed.
+    That is which adapters are active, applied and merged, the special ids, and what running the
+    base model has changed.
     """
     record = adapters.applied_as_in(view, manifest.sections["adapters"])
     sections = {**manifest.sections, "adapters": record}
     compared = {section.name for section in plan.sections(view, manifest)}
-    if "base_model" in compared:
-        sections["base_model"] = _with_token_ids(sections["base_model"], view)
-    for section in (dtype, quantization):
+    for section in (base_model, dtype, quantization):
         if (name := section.SECTION.name) in compared:
-            sections[name] = section.as_run(sections[name], view)
+            sections[name] = section.as_live(sections[name], view)
     return attrs.evolve(manifest, sections=sections)
-
-
-def _with_token_ids(record: BaseModelRecord, view: ModelView) -> BaseModelRecord:
-    """The record with the live special ids, which the trainer of one adapter may have edited."""
-    live = config_fields(getattr(view.base, "config", None))
-    ids = {key: live[key] for key in TOKEN_IDS & record.config.keys() & live.keys()}
-    edited = {key: value for key, value in ids.items() if value != record.config[key]}
-    if edited:
-        saved = {key: record.config[key] for key in sorted(edited)}
-        warn(
-            f"The adapter was saved with {saved} in the base model's config, where the live model "
-            f"has {dict(sorted(edited.items()))}, which stays so.",
-            StateMismatchWarning,
-        )
-    return attrs.evolve(record, config={**record.config, **edited})
 
 
 def undone_on_failure(

@@ -29,7 +29,12 @@ from peftstate.sections._base_tensors import (
     records,
 )
 from peftstate.sections._hub_cache import cached_checkpoint
-from peftstate.sections._model_config import RESTORED_CONFIG, config_fields, restore_config
+from peftstate.sections._model_config import (
+    RESTORED_CONFIG,
+    TOKEN_IDS,
+    config_fields,
+    restore_config,
+)
 from peftstate.sections._peft_layers import replicated_layers
 from peftstate.sections._remote_code import remote_code
 from peftstate.sections._tensors import TensorRecord, tensor_record
@@ -295,6 +300,23 @@ def _revision(view: ModelView) -> str | None:
     configs = getattr(view.model, "peft_config", {})
     revisions = (getattr(config, "revision", None) for config in configs.values())
     return next((revision for revision in revisions if revision), None)
+
+
+def as_live(record: BaseModelRecord, view: ModelView) -> BaseModelRecord:
+    """The record with the live special ids, which the trainer of one adapter may have edited."""
+    config = getattr(view.base, "config", None)
+    known = {key for key in TOKEN_IDS & record.config.keys() if hasattr(config, key)}
+    edited = {
+        key: value for key in sorted(known) if (value := getattr(config, key)) != record.config[key]
+    }
+    if edited:
+        saved = {key: record.config[key] for key in edited}
+        warn(
+            f"The adapter was saved with {saved} in the base model's config, where the live model "
+            f"has {edited}, which stays so.",
+            StateMismatchWarning,
+        )
+    return attrs.evolve(record, config={**record.config, **edited})
 
 
 def prepare(record: BaseModelRecord, view: ModelView) -> None:

@@ -64,7 +64,7 @@ def capture(view: ModelView) -> DtypeRecord:
     )
 
 
-def as_run(record: DtypeRecord, view: ModelView) -> DtypeRecord:
+def as_live(record: DtypeRecord, view: ModelView) -> DtypeRecord:
     """The record, with the live dtypes of biases that bitsandbytes casts when it runs their layers.
 
     Their values are compared in the dtype that they were saved in.

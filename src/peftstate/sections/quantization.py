@@ -155,7 +155,7 @@ def _comparable_state(
     return attrs.evolve(found, form=saved.form) if runs_alike or out_of_reach else found
 
 
-def as_run(record: QuantizationRecord, view: ModelView) -> QuantizationRecord:
+def as_live(record: QuantizationRecord, view: ModelView) -> QuantizationRecord:
     """The record, with the live forms of 4-bit layers: which have run is no matter of one adapter.
 
     What unpacking changed shows in the digests of the base model's tensors.
