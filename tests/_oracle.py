@@ -17,7 +17,7 @@ _CONTAINERS = ("BufferDict", "ModuleDict", "ModuleList", "ParameterDict")
 """Classes of modules whose train flag means nothing."""
 _OF_LAYERS = ("_active_adapter", "_disable_adapters", "compute_dtype", "merged_adapters", "scaling")
 """Attributes of layers that decide what they compute."""
-_OF_TRAINING = ("checkpoints ", "config ", "requires grad ", "rng", "trains ")
+_OF_TRAINING = ("checkpoints ", "config ", "drops ", "requires grad ", "rng", "trains ")
 """How the names begin of what a load for inference leaves alone, or has its own word on."""
 
 
@@ -57,6 +57,8 @@ def _of_module(name: str, module: nn.Module) -> dict[str, Any]:
     if type(module).__name__ not in _CONTAINERS:
         found[f"trains {name}"] = module.training
     found[f"checkpoints {name}"] = getattr(module, "gradient_checkpointing", False)
+    if isinstance(module, nn.Dropout):
+        found[f"drops {name}"] = module.p
     if isinstance(module, BaseTunerLayer):
         found |= {
             f"{key} {name}": value

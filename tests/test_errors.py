@@ -56,12 +56,12 @@ CASES: list[tuple[errors.PeftStateError, str, dict[str, Any]]] = [
         {"path": "a", "field": ""},
     ),
     (
-        errors.SchemaVersionError("a", found=7, supported=2),
+        errors.SchemaVersionError("a", found=7, supported=3),
         (
-            "a: the manifest has schema version 7, this peftstate reads 1 to 2. "
+            "a: the manifest has schema version 7, this peftstate reads 1 to 3. "
             "Upgrade peftstate to load it."
         ),
-        {"path": "a", "found": 7, "supported": 2},
+        {"path": "a", "found": 7, "supported": 3},
     ),
     (
         errors.IntegrityError("a/w.bin", "3 bytes", "4 bytes"),

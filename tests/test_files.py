@@ -103,7 +103,7 @@ def test_read_manifest_damaged(folder: Path) -> None:
         (b"", ManifestDecodeError),
         (good[:-20], ManifestDecodeError),
         (good.replace(b'"size": 7', b'"size": 8'), IntegrityError),
-        (good.replace(b'"schema_version": 2', b'"schema_version": 999'), SchemaVersionError),
+        (good.replace(b'"schema_version": 3', b'"schema_version": 999'), SchemaVersionError),
     ]
     for data, error in cases:
         assert data != good

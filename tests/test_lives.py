@@ -148,6 +148,13 @@ class Life(RuleBasedStateMachine):
         floating = sorted(name for name, each in parameters.items() if each.is_floating_point())
         parameters[data.draw(st.sampled_from(floating))].requires_grad_(on)
 
+    @rule(probability=st.sampled_from([0.0, 0.5]))
+    def drop(self, probability: float) -> None:
+        """Set the probability of all dropout layers."""
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = probability
+
     @rule()
     def step(self) -> None:
         """Train what is trainable, all of it in train mode meanwhile."""

@@ -34,6 +34,10 @@ def _content() -> dict[str, Any]:
     return content
 
 
+UNKNOWN_DROPOUT: dict[str, Any] = {"default": None, "exceptions": {}}
+"""The field of schema 3, `dropout` of each part of a model, with what an older manifest means."""
+
+
 def _at(content: Any, path: str) -> Any:
     """The object at a path."""
     for name in path.split("."):
@@ -41,9 +45,23 @@ def _at(content: Any, path: str) -> Any:
     return content
 
 
+def _parts(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is recorded of the training of each part of a model."""
+    training = content["sections"]["training"]
+    return [training["base"], training["model"], *training["adapters"].values()]
+
+
+def _of_schema_2() -> dict[str, Any]:
+    """The same in schema 2."""
+    content = _content()
+    for part in _parts(content):
+        del part["dropout"]
+    return content
+
+
 def _of_schema_1() -> dict[str, Any]:
     """The same in schema 1."""
-    content = _content()
+    content = _of_schema_2()
     for path, fields in NEW_IN_2.items():
         for field in fields:
             del _at(content, path)[field]
@@ -52,10 +70,29 @@ def _of_schema_1() -> dict[str, Any]:
 
 def test_from_1_to_2() -> None:
     """Each new field gets what was true of every older manifest, and nothing else changes."""
-    expected = _content()
+    expected = _of_schema_2()
     for path, fields in NEW_IN_2.items():
         _at(expected, path).update(fields)
     assert UPGRADES[1](_of_schema_1()) == expected
+
+
+def test_from_2_to_3() -> None:
+    """What no older manifest has is not known, of each adapter, too."""
+    expected = _content()
+    for part in _parts(expected):
+        part["dropout"] = UNKNOWN_DROPOUT
+    assert UPGRADES[2](_of_schema_2()) == expected
+
+
+def test_dropout_in_a_manifest_of_schema_2() -> None:
+    """That schema does not know it, of adapters neither."""
+    content = _of_schema_2()
+    (name, part), *_ = content["sections"]["training"]["adapters"].items()
+    part["dropout"] = UNKNOWN_DROPOUT
+    with pytest.raises(DecodeError) as caught:
+        UPGRADES[2](content)
+    assert caught.value.field == f"sections.training.adapters.{name}"
+    assert str(caught.value) == "unknown key 'dropout'"
 
 
 def test_sections_that_are_absent_stay_so() -> None:

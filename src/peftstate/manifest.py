@@ -16,7 +16,7 @@ from peftstate._upgrades import UPGRADES
 from peftstate.errors import IntegrityError, ManifestDecodeError, SchemaVersionError
 from peftstate.sections import SECTIONS
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """The schema that is written; all from 1 up to it are read."""
 
 MAX_BYTES = 64 * 1024 * 1024

@@ -88,8 +88,8 @@ def test_show_says_that_it_was_adopted(plain):
     runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
     lines = runner.invoke(app, ["show", str(plain)]).stdout.splitlines()
     version = peftstate.__version__
-    assert lines[0] == f"{plain}: adopted by peftstate {version}, schema 2"
+    assert lines[0] == f"{plain}: adopted by peftstate {version}, schema 3"
     place = lines.index("rng")
     assert lines[place + 1].strip() == "not known  neither restored nor compared by a load"
     html = peftstate.read_manifest(plain)._repr_html_()
-    assert f"<p>Adopted by peftstate {version}, schema 2.</p>" in html
+    assert f"<p>Adopted by peftstate {version}, schema 3.</p>" in html

@@ -57,13 +57,13 @@ def _manifest(load_base):
 
 def _no_json(load_base):
     manifest = Path("adapter", "peftstate.json")
-    manifest.write_text(manifest.read_text().replace('"schema_version": 2,', ""))
+    manifest.write_text(manifest.read_text().replace('"schema_version": 3,', ""))
     peftstate.read_manifest("adapter")
 
 
 def _newer(load_base):
     manifest = Path("adapter", "peftstate.json")
-    manifest.write_text(json.dumps({"schema_version": 3}))
+    manifest.write_text(json.dumps({"schema_version": 4}))
     peftstate.read_manifest("adapter")
 
 

@@ -35,19 +35,19 @@ def repository(tmp_path):
         path = tmp_path / name
         if name.endswith("_upgrades.py"):
             _edit(path, "UPGRADES: dict", f"{code}\n\nUPGRADES: dict")
-            _edit(path, "{1: _to_2}", "{1: _to_2, 2: _to_3}")
+            _edit(path, "2: _to_3}", "2: _to_3, 3: _to_4}")
         elif path.exists():
             path.write_text(path.read_text("utf-8") + "\n\n" + code, "utf-8")
         else:
             path.write_text(code, "utf-8")
     tuple_of_sections = package / "sections" / "__init__.py"
-    _edit(tuple_of_sections, "    dtype,\n", "    dropout,\n    dtype,\n")
+    _edit(tuple_of_sections, "    extra_tensors,\n", "    epsilon,\n    extra_tensors,\n")
     _edit(
         tuple_of_sections,
         "    training.SECTION,\n",
-        "    training.SECTION,\n    dropout.SECTION,\n",
+        "    training.SECTION,\n    epsilon.SECTION,\n",
     )
-    _edit(package / "manifest.py", "SCHEMA_VERSION = 2", "SCHEMA_VERSION = 3")
+    _edit(package / "manifest.py", "SCHEMA_VERSION = 3", "SCHEMA_VERSION = 4")
     return tmp_path
 
 
@@ -59,12 +59,12 @@ def _python(repository, *arguments):
 
 def test_the_steps_give_a_section(repository):
     """Its own test passes in the copy, and so do those of the tuple; older manifests are read."""
-    tests = ["tests/sections/test_dropout.py", "tests/sections/test_registry.py"]
+    tests = ["tests/sections/test_epsilon.py", "tests/sections/test_registry.py"]
     _python(repository, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
     _python(repository, "-m", "peftstate._schema")
     _python(repository, "docs/fields.py")
-    assert "### `dropout`" in (repository / "docs" / "manifest.md").read_text("utf-8")
-    assert "DropoutRecord" in (repository / "src/peftstate/manifest.schema.json").read_text("utf-8")
-    older = "tests/golden/schema-2/causal-lm"
+    assert "### `epsilon`" in (repository / "docs" / "manifest.md").read_text("utf-8")
+    assert "EpsilonRecord" in (repository / "src/peftstate/manifest.schema.json").read_text("utf-8")
+    older = "tests/golden/schema-3/causal-lm"
     assert (repository / older).exists()
     _python(repository, "-m", "peftstate", "verify", older)

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from peftstate._modules import is_container
 from peftstate.sections import training
@@ -48,6 +49,63 @@ def trainable(model: nn.Module) -> set[str]:
 def models(load_base, with_lora):
     """Two equal models; that of the first one's base is in eval mode, its adapter in train mode."""
     return with_lora(load_base("fp32")), with_lora(load_base("fp32"))
+
+
+# Dropout
+
+
+def probabilities(model: nn.Module) -> list[float]:
+    """Of all dropout layers."""
+    return [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """What TRL's `disable_dropout_in_model` does."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0
+
+
+def test_dropout_that_a_trainer_switched_off(models):
+    """TRL does so for DPO, KTO and rewards; the adapter's config says otherwise."""
+    model, other = models
+    disable_dropout(model)
+    assert set(probabilities(model)) == {0}
+    assert set(probabilities(other)) == {0.1}
+    assert restore(capture(model), other) == []
+    assert probabilities(other) == probabilities(model)
+
+
+def test_dropout_of_one_layer():
+    """Of the base model, too, where the layer's own value is none of the config's."""
+    config = GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    lora = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    model, other = (peft.get_peft_model(GPT2LMHeadModel(config), lora) for _ in range(2))
+    model.base_model.model.transformer.drop.p = 0.5
+    record = capture(model)
+    assert record.base.dropout == Table(default=0.1, exceptions={"transformer.drop": 0.5})
+    assert restore(record, other) == []
+    assert probabilities(other) == probabilities(model)
+
+
+def test_dropout_that_makes_no_sense_is_not_set(models):
+    """A manifest is a stranger's word."""
+    model, other = models
+    record = capture(model)
+    part = attrs.evolve(record.adapters["default"], dropout=Table.of({"x": 2.0}))
+    assert restore(attrs.evolve(record, adapters={"default": part}), other)
+    assert set(probabilities(other)) == {0.1}
+
+
+def test_dropout_of_which_nothing_is_known(models):
+    """What older releases saved says nothing of it, so that it is no difference."""
+    model, other = models
+    record = capture(model)
+    part = attrs.evolve(record.adapters["default"], dropout=Table.of({}))
+    older = attrs.evolve(record, adapters={"default": part})
+    disable_dropout(other)
+    assert SECTION.compare(older, SECTION.capture_like(ModelView.of(other), older)) == ()
+    assert SECTION.compare(record, SECTION.capture_like(ModelView.of(other), record))
 
 
 # Train flags

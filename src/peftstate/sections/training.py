@@ -1,7 +1,8 @@
-"""`training`: train flags, trainable parameters, gradient checkpointing.
+"""`training`: train flags, dropout, trainable parameters, gradient checkpointing.
 
 One flag on the model does not tell: `get_peft_model` on a base model in eval mode leaves the
-adapter's dropout in train mode, and PEFT's load puts everything in eval mode.
+adapter's dropout in train mode, and PEFT's load puts everything in eval mode. Nor do the configs
+tell of dropout: trainers that compare with a reference model set the live layers' to 0.
 """
 
 from __future__ import annotations
@@ -31,10 +32,21 @@ class PartRecord:
     Attributes:
         train: The train flag of each module.
         requires_grad: The flag of each parameter.
+        dropout: The probability of each dropout layer, from 0 to 1; empty if it is not known
+            (schemas 1 and 2).
     """
 
     train: Table[bool]
     requires_grad: Table[bool]
+    dropout: Table[float]
+
+    def comparable(self, saved: PartRecord | None) -> PartRecord:
+        """The record for a comparison with another one, which may know nothing of dropout."""
+        is_known = saved is None or saved.dropout != _NOTHING
+        return self if is_known else attrs.evolve(self, dropout=_NOTHING)
+
+
+_NOTHING: Table[float] = Table.of({})
 
 
 @attrs.frozen(kw_only=True)
@@ -100,6 +112,15 @@ def capture(view: ModelView) -> TrainingRecord:
                     and site.leaf in site.module._parameters
                 }
             ),
+            dropout=Table.of(
+                {
+                    site.name: float(probability)
+                    for site in sites
+                    if site.part == name
+                    and site.adapter == adapter
+                    and (probability := _dropout(site.module)) is not None
+                }
+            ),
         )
 
     return TrainingRecord(
@@ -120,12 +141,28 @@ def capture(view: ModelView) -> TrainingRecord:
 
 
 def capture_like(view: ModelView, record: TrainingRecord) -> TrainingRecord:
-    """Capture for a comparison with a record, which may know nothing of what was for inference."""
+    """Capture for a comparison with a record, which may not know all that is looked at now."""
     found = capture(view)
-    modes = {
-        name: found.inference_mode.get(name, mode) for name, mode in record.inference_mode.items()
-    }
-    return attrs.evolve(found, inference_mode=modes)
+    return attrs.evolve(
+        found,
+        base=found.base.comparable(record.base),
+        adapters={
+            name: part.comparable(record.adapters.get(name))
+            for name, part in found.adapters.items()
+        },
+        model=found.model.comparable(record.model),
+        inference_mode={
+            name: found.inference_mode.get(name, mode)
+            for name, mode in record.inference_mode.items()
+        },
+    )
+
+
+def _dropout(module: nn.Module) -> float | None:
+    """The probability of a dropout layer; `None` of any other module."""
+    from torch.nn.modules.dropout import _DropoutNd
+
+    return module.p if isinstance(module, _DropoutNd) else None
 
 
 def _flagged(view: ModelView) -> tuple[Site, ...]:
@@ -151,28 +188,41 @@ def _use_reentrant(view: ModelView) -> bool | None:
 
 
 def restore(record: TrainingRecord, view: ModelView) -> None:
-    """Set the flag of every module and parameter, and gradient checkpointing."""
-
-    def part_of(site: Site | TensorSite) -> PartRecord | None:
-        if site.part == "adapter":
-            return record.adapters.get(view.saved_name(site.adapter or "") or "")
-        return record.base if site.part == "base" else record.model
-
-    # the containers, too: they have the names of what they hold
-    for site in view.sites():
-        part = part_of(site)
-        if part is not None and (flag := part.train[site.name]) is not None:
-            site.module.training = flag
+    """Set the flag of every module and parameter, dropout, and gradient checkpointing."""
+    for site in view.sites():  # the containers, too: they have the names of what they hold
+        if (part := _part_of(record, view, site)) is not None:
+            _restore_module(part, site)
     for tensor in view.tensors():
-        part = part_of(tensor)
-        if part is not None and tensor.leaf in tensor.module._parameters:
-            flag = part.requires_grad[tensor.name]
-            if flag is not None and (tensor.tensor.is_floating_point() or not flag):
-                tensor.tensor.requires_grad_(flag)
+        if (part := _part_of(record, view, tensor)) is not None:
+            _restore_parameter(part, tensor)
     for saved, mode in record.inference_mode.items():
         if saved in view.adapters:
             view.model.peft_config[view.adapters[saved]].inference_mode = mode
     _restore_checkpointing(record, view)
+
+
+def _part_of(record: TrainingRecord, view: ModelView, site: Site | TensorSite) -> PartRecord | None:
+    """What is recorded of the part of the model that something belongs to."""
+    if site.part == "adapter":
+        return record.adapters.get(view.saved_name(site.adapter or "") or "")
+    return record.base if site.part == "base" else record.model
+
+
+def _restore_module(part: PartRecord, site: Site) -> None:
+    """Set the train flag of a module, and the probability of a dropout layer."""
+    module: Any = site.module
+    flag, probability = part.train[site.name], part.dropout[site.name]
+    if flag is not None:
+        module.training = flag
+    if probability is not None and 0 <= probability <= 1 and _dropout(module) is not None:
+        module.p = probability
+
+
+def _restore_parameter(part: PartRecord, site: TensorSite) -> None:
+    """Set the flag of a parameter; integers cannot have one."""
+    flag = part.requires_grad[site.name] if site.leaf in site.module._parameters else None
+    if flag is not None and (site.tensor.is_floating_point() or not flag):
+        site.tensor.requires_grad_(flag)
 
 
 def _restore_checkpointing(record: TrainingRecord, view: ModelView) -> None:
@@ -194,7 +244,7 @@ def _restore_checkpointing(record: TrainingRecord, view: ModelView) -> None:
             module.gradient_checkpointing = name in names
 
 
-_UNKNOWN_PART = PartRecord(train=Table.of({}), requires_grad=Table.of({}))
+_UNKNOWN_PART = PartRecord(train=Table.of({}), requires_grad=Table.of({}), dropout=_NOTHING)
 UNKNOWN = TrainingRecord(
     base=_UNKNOWN_PART,
     adapters={},
