@@ -96,7 +96,7 @@ def at_line(
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        one_thread = mock.patch("peftstate._work._cores", return_value=1)
+        one_thread = mock.patch("peftstate._work.usable_cores", return_value=1)
         with one_thread, mock.patch("peftstate._disk._LARGE", 1):
             work()
     finally:

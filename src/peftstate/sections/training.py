@@ -41,9 +41,13 @@ class PartRecord:
     dropout: Table[float]
 
     def comparable(self, saved: PartRecord | None) -> PartRecord:
-        """The record for a comparison with another one, which may know nothing of dropout."""
-        is_known = saved is None or saved.dropout != _NOTHING
-        return self if is_known else attrs.evolve(self, dropout=_NOTHING)
+        """The record for a comparison with another one, which may know nothing of dropout.
+
+        Which layers there are is for the configs to say, which other sections compare.
+        """
+        if saved is None or _NOTHING not in (self.dropout, saved.dropout):
+            return self
+        return attrs.evolve(self, dropout=saved.dropout)
 
 
 _NOTHING: Table[float] = Table.of({})
