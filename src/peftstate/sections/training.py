@@ -164,9 +164,17 @@ def capture_like(view: ModelView, record: TrainingRecord) -> TrainingRecord:
 
 def _dropout(module: nn.Module) -> float | None:
     """The probability of a dropout layer; `None` of any other module."""
+    layer: Any = module
+    cls: type = type(module)
+    return layer.p if _drops(cls) else None
+
+
+@functools.cache
+def _drops(cls: type) -> bool:
+    """Whether the modules of a class are dropout layers."""
     from torch.nn.modules.dropout import _DropoutNd
 
-    return module.p if isinstance(module, _DropoutNd) else None
+    return issubclass(cls, _DropoutNd)
 
 
 def _flagged(view: ModelView) -> tuple[Site, ...]:
