@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import peftstate
-from benchmarks.fidelity._libraries import Library, load_auto, load_with
+from benchmarks.fidelity._libraries import Library, load_auto, load_to_train, load_with
 from benchmarks.fidelity._models import (
     IDS,
     NF4,
     Place,
+    adapted,
     base,
     lora,
     train,
@@ -64,6 +67,33 @@ def what_a_trainer_sets(model: Any) -> dict[str, Any]:
         "modules in train mode": tuple(n for n, module in model.named_modules() if module.training),
         "use_cache": model.config.use_cache,
     }
+
+
+def in_fp16_for_a_while(place: Place) -> Any:
+    """A model that was cast to fp16 and back, which rounds RoPE's frequencies, too."""
+    return trained_lora()(place).half().float()
+
+
+def tied_and_unfrozen(place: Place) -> Any:
+    """A model whose embeddings, which are its head, too, were trained with the adapter."""
+    model = adapted(place.load(checkpoint="tied llama"))
+    model.get_base_model().model.embed_tokens.requires_grad_(requires_grad=True)
+    return train(model)
+
+
+def without_dropout(place: Place) -> Any:
+    """What TRL's `disable_dropout_in_model` leaves, which `DPOTrainer` calls."""
+    model = trained_lora()(place)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0
+    return model
+
+
+def dropout(model: Any) -> dict[str, Any]:
+    """The probabilities of the dropout layers."""
+    found = {module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+    return {"dropout": tuple(sorted(found))}
 
 
 def second_generation(place: Place) -> Any:
@@ -138,6 +168,21 @@ SITUATIONS = (
         build=trained_lora(base("bf16")),
         base=base("bf16"),
         load=load_with(autocast_adapter_dtype=False),
+    ),
+    Situation(
+        title="in fp16 for a while, and in fp32 when it was saved",
+        build=in_fp16_for_a_while,
+    ),
+    Situation(
+        title="tied embeddings were unfrozen and trained",
+        build=tied_and_unfrozen,
+        base=base(checkpoint="tied llama"),
+    ),
+    Situation(
+        title="dropout that TRL's `DPOTrainer` has switched off, loaded to go on with training",
+        build=without_dropout,
+        load=load_to_train,
+        state=dropout,
     ),
     Situation(
         title="reloaded by peftstate, trained further, and saved again, in nf4",
