@@ -93,7 +93,7 @@ def without_dropout(place: Place) -> Any:
 def dropout(model: Any) -> dict[str, Any]:
     """The probabilities of the dropout layers."""
     found = {module.p for module in model.modules() if isinstance(module, nn.Dropout)}
-    return {"dropout": tuple(sorted(found))}
+    return {"dropout": ", ".join(f"{probability:g}" for probability in sorted(found))}
 
 
 def second_generation(place: Place) -> Any:
