@@ -93,6 +93,7 @@ def test_caches_that_a_model_fills(load_base, with_lora, tmp_path):
     model = with_lora(base)
     base.grown = torch.full((3,), 0.3)
     base.register_buffer("new", torch.full((3,), 0.3), persistent=False)
+    base.register_buffer("rounded", torch.full((3,), 0.75), persistent=False)
     model.save_pretrained(tmp_path)
     assert extra(tmp_path) == set()
 

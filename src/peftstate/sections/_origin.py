@@ -177,13 +177,16 @@ def lost_buffers(view: ModelView) -> list[str]:
     Not of those that are there since then or have another shape, as caches that a model fills.
     """
     origin: Origin | None = getattr(view.model, _ATTRIBUTE, None)
-    known = {} if origin is None else origin.buffers
 
     def is_lost(name: str, buffer: torch.Tensor) -> bool:
-        if name not in known or (before := known[name]) is None:
-            return name in known or is_rounded(buffer)
-        is_same_shape = tuple(buffer.shape) == before.shape
-        return is_same_shape and (is_rounded(buffer) or tensor_record(buffer) != before)
+        if origin is None:
+            return is_rounded(buffer)
+        if name not in origin.buffers:
+            return False
+        before = origin.buffers[name]
+        if before is None or tuple(buffer.shape) != before.shape:
+            return before is None
+        return is_rounded(buffer) or tensor_record(buffer) != before
 
     found = config_buffers(view)
     return sorted(name for name, site in found.items() if is_lost(name, site.tensor))
