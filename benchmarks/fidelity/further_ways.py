@@ -82,11 +82,11 @@ def tied_and_unfrozen(place: Place) -> Any:
 
 
 def without_dropout(place: Place) -> Any:
-    """What TRL's `disable_dropout_in_model` leaves, which `DPOTrainer` calls."""
+    """What `DPOTrainer` does to a model before it trains it."""
+    from trl.trainer.utils import disable_dropout_in_model
+
     model = trained_lora()(place)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0
+    disable_dropout_in_model(model)
     return model
 
 

@@ -193,9 +193,9 @@ def _memory_of(path: str, workload: Workload, folder: Path) -> Memory:
 
 
 def _of_server(folder: Path, extent: Extent) -> Iterator[Timing]:
-    """Further adapters on a live model; as many as possible where the base model is tiny."""
+    """Further adapters on a live model, beside many on a tiny base model and on a real one."""
     for workload in extent.workloads:
-        counts = extent.live[: {TINY.name: 3, GEMMA_BF16.name: 3}.get(workload.name, 1)]
+        counts = extent.live if workload in (TINY, GEMMA_BF16) else extent.live[:1]
         place = folder / workload.name
         for count, times in _hot.load_adapter(workload, place, extent.served, counts):
             title = f"{workload.title}, beside {count:,}"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
+from trl.trainer.utils import disable_dropout_in_model
 
 from peftstate._modules import is_container
 from peftstate.sections import training
@@ -59,17 +60,10 @@ def probabilities(model: nn.Module) -> list[float]:
     return [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """What TRL's `disable_dropout_in_model` does."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0
-
-
 def test_dropout_that_a_trainer_switched_off(models):
     """TRL does so for DPO, KTO and rewards; the adapter's config says otherwise."""
     model, other = models
-    disable_dropout(model)
+    disable_dropout_in_model(model)
     assert set(probabilities(model)) == {0}
     assert set(probabilities(other)) == {0.1}
     assert restore(capture(model), other) == []
@@ -103,7 +97,7 @@ def test_dropout_of_which_nothing_is_known(models):
     record = capture(model)
     part = attrs.evolve(record.adapters["default"], dropout=Table.of({}))
     older = attrs.evolve(record, adapters={"default": part})
-    disable_dropout(other)
+    disable_dropout_in_model(other)
     assert SECTION.compare(older, SECTION.capture_like(ModelView.of(other), older)) == ()
     assert SECTION.compare(record, SECTION.capture_like(ModelView.of(other), record))
 

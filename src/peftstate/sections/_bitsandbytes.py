@@ -126,17 +126,14 @@ def _settings_4bit(kind: str, layer: Any) -> LayerSettings:
         quant_type=state.quant_type,
         blocksize=state.blocksize,
         double_quant=bool(state.original_nested if packed else state.nested),
-        dtype=dtype_quantized_from(layer),
+        dtype=_name(getattr(state, forms.dtype_attribute(state))),
     )
 
 
 def dtype_quantized_from(module: nn.Module) -> str | None:
     """The name of the dtype that a 4-bit weight was quantized from; `None` of another module."""
     state = forms.quant_state(module)
-    if state is None:
-        return None
-    packed = forms.form_of_state(state) == forms.PACKED
-    return _name(state.original_dtype if packed else state.dtype)
+    return None if state is None else _name(getattr(state, forms.dtype_attribute(state)))
 
 
 def state_of(module: nn.Module) -> LayerState | None:

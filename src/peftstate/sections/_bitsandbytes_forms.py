@@ -99,6 +99,11 @@ def form_of_state(state: Any) -> str:
     return PACKED if packed else UNPACKED
 
 
+def dtype_attribute(state: Any) -> str:
+    """Where a `QuantState` has the dtype that its weight was quantized from."""
+    return "original_dtype" if form_of_state(state) == PACKED else "dtype"
+
+
 def can_compute(module: nn.Module, form: str) -> bool:
     """Whether it can be worked out what a layer would be in a form."""
     current = form_of(module)
@@ -138,7 +143,7 @@ def in_form(
     current, weight = form_of(module), weight_of(module)
     if dtype is not None:
         weight = attrs.evolve(weight, state=copy.copy(weight.state))
-        setattr(weight.state, "original_dtype" if current == PACKED else "dtype", dtype)
+        setattr(weight.state, dtype_attribute(weight.state), dtype)
     if form == current:
         return weight
     packing = _packing()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from peftstate.sections._tensors import is_readable
+from peftstate.sections._tensors import is_lossless, is_readable
 
 if TYPE_CHECKING:
     import torch
@@ -54,10 +54,7 @@ def is_rounded(tensor: torch.Tensor) -> bool:
     if tensor.element_size() <= torch.float16.itemsize:
         return False
     values = tensor.detach()
-    if not any(
-        torch.equal(values.to(dtype).to(values.dtype), values)
-        for dtype in (torch.bfloat16, torch.float16)
-    ):
+    if not any(is_lossless(values, dtype) for dtype in ("bfloat16", "float16")):
         return False
     values = values[values.isfinite()]
     is_power = values.frexp().mantissa.abs() == 0.5  # noqa: PLR2004 - of a power of two

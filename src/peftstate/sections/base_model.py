@@ -309,13 +309,14 @@ def as_live(record: BaseModelRecord, view: ModelView) -> BaseModelRecord:
     edited = {
         key: value for key in sorted(known) if (value := getattr(config, key)) != record.config[key]
     }
-    if edited:
-        saved = {key: record.config[key] for key in edited}
-        warn(
-            f"The adapter was saved with {saved} in the base model's config, where the live model "
-            f"has {edited}, which stays so.",
-            StateMismatchWarning,
-        )
+    if not edited:
+        return record
+    saved = {key: record.config[key] for key in edited}
+    warn(
+        f"The adapter was saved with {saved} in the base model's config, where the live model has "
+        f"{edited}, which stays so.",
+        StateMismatchWarning,
+    )
     return attrs.evolve(record, config={**record.config, **edited})
 
 

@@ -72,7 +72,7 @@ RESTORED = frozenset({"state", "scales"})
 def capture(view: ModelView) -> QuantizationRecord:
     """Read the quantization config and the layers of bitsandbytes."""
     layers = _layers(view)
-    return attrs.evolve(_describe(view, layers), requantized=_requantized(view, layers))
+    return _describe(view, layers, requantized=_requantized(view, layers))
 
 
 def _requantized(view: ModelView, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -85,7 +85,9 @@ def _requantized(view: ModelView, layers: Mapping[str, nn.Module]) -> tuple[str,
     return tuple(sorted(layers.keys() & (merged | lost)))
 
 
-def _describe(view: ModelView, layers: Mapping[str, nn.Module]) -> QuantizationRecord:
+def _describe(
+    view: ModelView, layers: Mapping[str, nn.Module], *, requantized: tuple[str, ...]
+) -> QuantizationRecord:
     """The record of a model with some layers of bitsandbytes."""
     base: Any = view.base
     config = _quantization_config.of_model(base)
@@ -99,13 +101,15 @@ def _describe(view: ModelView, layers: Mapping[str, nn.Module]) -> QuantizationR
         modules=_numbered(layers),
         layers=_table({name: _bitsandbytes.settings_of(module) for name, module in layers.items()}),
         state=_table({name: _bitsandbytes.state_of(module) for name, module in layers.items()}),
-        requantized=(),
-        scales=_scales_digest(
-            forms.weight_of(module)
-            for module in layers.values()
-            if forms.form_of(module) != forms.FRESH
-        ),
+        requantized=requantized,
+        scales=_scales(layers),
     )
+
+
+def _scales(layers: Mapping[str, nn.Module]) -> str | None:
+    """One digest over the scales of the layers that are not fresh."""
+    changed = [module for module in layers.values() if forms.form_of(module) != forms.FRESH]
+    return _scales_digest(map(forms.weight_of, changed))
 
 
 def capture_like(view: ModelView, record: QuantizationRecord) -> QuantizationRecord:
@@ -115,7 +119,7 @@ def capture_like(view: ModelView, record: QuantizationRecord) -> QuantizationRec
     from, and forms of layers that lead to the same or that no layer can have on this machine.
     """
     layers = _layers(view)
-    found = _describe(view, layers)
+    found = _describe(view, layers, requantized=record.requantized)
     compares_config = {record.method, found.method} - {None, BITSANDBYTES}
     state = _table(
         {
@@ -132,7 +136,6 @@ def capture_like(view: ModelView, record: QuantizationRecord) -> QuantizationRec
         found = attrs.evolve(found, layers=_table(settings))
     return attrs.evolve(
         found,
-        requantized=record.requantized,
         config=found.config if compares_config else record.config,
         pre_quantized=record.pre_quantized,
         state=state,
@@ -168,7 +171,7 @@ def as_live(record: QuantizationRecord, view: ModelView) -> QuantizationRecord:
     }
     if all(record.state[name] == live for name, live in state.items()):
         return record
-    return attrs.evolve(record, state=_table(state), scales=_describe(view, layers).scales)
+    return attrs.evolve(record, state=_table(state), scales=_scales(layers))
 
 
 def prepare(record: QuantizationRecord, view: ModelView) -> None:
